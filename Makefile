@@ -1,0 +1,70 @@
+# The commands of this repository. All of them work in .venv, which the first one makes; `make help` lists them.
+# Steps run one after another: the demo and the tests are timed for two cores.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+SHELL := /bin/bash
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+# Flower counts its users over the network and looks for updates by default; nothing here needs either.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+
+# glibc gives large blocks back to the kernel at every free and faults them in again at the next step. Keeping
+# them makes training on a CPU 8-15 % faster; the price is memory that stays with the process until it ends.
+demo demo-check: export MALLOC_MMAP_THRESHOLD_ := 1000000000
+demo demo-check: export MALLOC_TRIM_THRESHOLD_ := 2000000000
+
+.PHONY: help demo test test-slow test-all lint docs docs-check demo-check clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1|\2/' | column -t -s '|'
+
+demo: .venv/installed  ## train on made shapes at four simulated sites, privately; ends with pictures in runs/demo
+	$(BIN)/fedcanvas simulate demo --out runs/demo
+
+test: .venv/installed-dev  ## the test suite without the slow tests
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev  ## only the slow tests
+	$(BIN)/python -m pytest -m slow
+
+test-all: .venv/installed-dev  ## the whole suite, slow tests included
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: .venv/installed  ## write the generated pages of docs/ again
+	$(BIN)/python -m shared.config > docs/configuration.md.tmp
+	mv docs/configuration.md.tmp docs/configuration.md
+
+docs-check: docs  ## fail when a generated page was not committed as it is now
+	git diff --exit-code -- docs
+
+demo-check: .venv/installed  ## the demo's way, a few rounds long
+	rm -rf runs/demo-check
+	$(BIN)/fedcanvas simulate demo --rounds 3 --out runs/demo-check
+	test -s runs/demo-check/sheet.png
+	test -s runs/demo-check/result.json
+
+clean:  ## remove .venv, caches and builds; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: made last, so that an interrupted installation is done again.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: fedcanvas needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --quiet --editable '.[dev]'
+	touch $@
