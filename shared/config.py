@@ -8,6 +8,7 @@ person type: it is derived in `shared.privacy.plan`.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import tomllib
@@ -18,7 +19,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import ConfigError
-from shared.registry import nearest_name_hint
 
 Scalar = str | int | float | bool
 
@@ -30,6 +30,7 @@ def _dashed(name: str) -> str:
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
+        strict=True,  # "5" and true are no integers: a setting of the wrong type is a mistake to be told
         extra="forbid",
         alias_generator=_dashed,
         validate_by_name=True,
@@ -109,10 +110,10 @@ class GeneratorConfig(Section):
 
 class OptimizerConfig(Section):
     name: str = Field("adam", description="An entry of OPTIMIZERS: adam, adamw, rmsprop.")
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="After the warm-up, before the fall.")
     beta1: float = Field(0.5, ge=0, lt=1, description="Momentum of the gradient (rmsprop: momentum).")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the squared gradient.")
-    weight_decay: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Part of each weight removed a step, times the rate.")
     warmup_rounds: int = Field(10, ge=0, le=100_000, description="Rounds over which the rate rises linearly.")
     final_fraction: float = Field(1.0, gt=0, le=1, description="The rate falls linearly to this part at the last round.")
 
@@ -208,7 +209,7 @@ class RunConfig(Section):
         for section, values in self.model_dump(mode="json", by_alias=True).items():
             if isinstance(values, dict):
                 lines += ["", f"[{section}]"]
-                lines += [f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None]
+                lines += [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items() if v is not None]
         return "\n".join(lines) + "\n"
 
     def replaced(self, changes: Mapping[str, Scalar]) -> RunConfig:
@@ -226,7 +227,7 @@ class RunConfig(Section):
     def from_json(cls, text: str) -> RunConfig:
         try:
             table = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the run config is not JSON: {error}") from None
         if not isinstance(table, dict):
             raise ConfigError("the run config is not a JSON object")
@@ -303,11 +304,14 @@ def parse_setting(text: str) -> tuple[str, Scalar]:
 
 
 def _setting_hint(key: str) -> str:
+    """The setting that was probably meant; for a key that asks for sigma, what it is derived from."""
     known = list(setting_names())
-    hint = nearest_name_hint(key, known)
-    return hint if hint.startswith("did you mean") and len(known) < 12 else hint.split("? known")[0].split("known:")[0].strip() + (
-        "?" if hint.startswith("did") else "`fedcanvas simulate --settings` lists them"
-    )
+    name = key.rpartition(".")[2]
+    if name in ("sigma", "noise-multiplier", "sensitivity", "noise-std"):
+        return "no setting holds it: it is derived from privacy.target-epsilon, delta, sampling-rate and the rounds"
+    same_name = [setting for setting in known if setting.rpartition(".")[2] == name]
+    near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    return f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists every setting"
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
