@@ -1,0 +1,354 @@
+"""The codec of a round's messages, the gate that builds replies, and the sum over sites."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.gate import build_reply
+from server.aggregation import combine
+from shared import records as wire
+from shared.errors import ProtocolError
+from shared.fakes import FakeBank
+from shared.records import (
+    LATTICE_LIMIT,
+    MAX_SITES,
+    RAW,
+    Refusal,
+    RefusalCode,
+    RoundInstruction,
+    SiteReply,
+    decode_instruction,
+    decode_reply,
+    encode_instruction,
+    encode_reply,
+    pack_lattice,
+)
+
+
+def instruction(**changes: Any) -> RoundInstruction:
+    usual = RoundInstruction(
+        run_id="0123456789abcdef",
+        kind="train",
+        server_round=3,
+        attempt=1,
+        config_json="{}",
+        config_digest="0" * 64,
+        prompts=("a red circle", "ein blaues Dreieck", "一个红色的圆", "دائرة حمراء"),
+        weights=np.linspace(-1, 1, 7, dtype=np.float32),
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+REPLY = SiteReply("0123456789abcdef", 3, "site-0", pack_lattice(np.arange(-3, 4, dtype=np.int64)))
+
+
+def over_the_wire(records: RecordDict) -> RecordDict:
+    """Flower's own wire form: hashed objects, put together on the other side."""
+    objects = {name: part.deflate() for name, part in get_all_nested_objects(records).items()}
+    arrived = inflate_object_from_contents(records.object_id, objects)
+    assert isinstance(arrived, RecordDict)
+    return arrived
+
+
+def test_an_instruction_arrives_as_it_was_sent():
+    fakes = FakeBank(
+        images=np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3),
+        prompt_indices=np.array([3, 0], dtype=np.int32),
+    )
+    sent = instruction(fakes=fakes)
+    arrived = decode_instruction(over_the_wire(encode_instruction(sent)))
+    for field in dataclasses.fields(RoundInstruction):
+        if field.name not in ("weights", "fakes"):
+            assert getattr(arrived, field.name) == getattr(sent, field.name)
+    assert arrived.weights.dtype == np.float32
+    assert np.array_equal(arrived.weights, sent.weights)
+    assert arrived.weights.flags.writeable
+    assert arrived.fakes is not None
+    assert np.array_equal(arrived.fakes.images, fakes.images)
+    assert np.array_equal(arrived.fakes.prompt_indices, fakes.prompt_indices)
+
+
+@pytest.mark.parametrize(
+    "reply", [REPLY, *(Refusal("site-0", code) for code in RefusalCode), Refusal("", RefusalCode.SITE)]
+)
+def test_a_reply_arrives_as_it_was_sent(reply: SiteReply | Refusal):
+    assert decode_reply(over_the_wire(encode_reply(reply))) == reply
+
+
+def test_a_reply_holds_protocol_run_round_site_and_envelope_and_nothing_else():
+    records = encode_reply(REPLY)
+    assert set(records) == {"reply", "envelope"}
+    assert dict(records["reply"].items()) == {
+        "version": 1, "run-id": "0123456789abcdef", "server-round": 3, "site-id": "site-0",
+    }  # fmt: skip
+    (payload,) = records["envelope"].values()
+    assert (payload.dtype, payload.shape, payload.stype) == ("|u1", (56,), "fedcanvas.raw")
+    # Golden bytes: -3 and 3 as little-endian two's complement.
+    assert payload.data[:8] == b"\xfd" + b"\xff" * 7
+    assert payload.data[-8:] == b"\x03" + b"\x00" * 7
+
+
+def test_a_refusal_holds_a_code_and_no_text():
+    records = encode_reply(Refusal("site-0", RefusalCode.SITE))
+    assert {name: dict(record.items()) for name, record in records.items()} == {
+        "refusal": {"version": 1, "site-id": "site-0", "code": "site"}
+    }
+    assert [code.value for code in RefusalCode] == ["message", "config", "plan", "release", "site"]
+
+
+def changed(records: RecordDict, name: str, key: str, value: Any) -> RecordDict:
+    """A copy with one value replaced, or removed where `value` is None."""
+    table = dict(records[name].items())
+    table[key] = value
+    kind = type(records[name])
+    copy = {other: record for other, record in records.items() if other != name}
+    return RecordDict({**copy, name: kind({k: v for k, v in table.items() if v is not None})})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("instruction", "version", 2),
+        ("instruction", "version", True),
+        ("instruction", "version", None),
+        ("instruction", "version", "1"),
+        ("instruction", "run-id", ""),
+        ("instruction", "run-id", "x" * 65),
+        ("instruction", "run-id", "a b"),
+        ("instruction", "run-id", "../x"),
+        ("instruction", "run-id", None),
+        ("instruction", "kind", "evaluate"),
+        ("instruction", "server-round", -1),
+        ("instruction", "server-round", 2**20 + 1),
+        ("instruction", "server-round", True),
+        ("instruction", "server-round", 1.0),
+        ("instruction", "attempt", 0),
+        ("instruction", "config-json", "x" * (2**16 + 1)),
+        ("instruction", "config-digest", "0" * 63),
+        ("instruction", "config-digest", "G" * 64),
+        ("instruction", "prompts", []),
+        ("instruction", "prompts", [1, 2]),
+        ("instruction", "prompts", ["a", ""]),
+        ("instruction", "prompts", ["x" * 8193]),
+        ("instruction", "prompts", "a red circle"),
+        ("instruction", "clip", 5.0),
+    ],
+)
+def test_an_instruction_with_one_thing_wrong_is_refused(name: str, key: str, value: Any):
+    records = changed(encode_instruction(instruction()), name, key, value)
+    with pytest.raises(ProtocolError):
+        decode_instruction(over_the_wire(records))
+
+
+def raw(dtype: str, shape: tuple[int, ...], data: bytes, stype: str = RAW) -> Array:
+    return Array(dtype=dtype, shape=shape, stype=stype, data=data)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        raw("<f8", (2,), bytes(16)),
+        raw(">f4", (2,), bytes(8)),
+        raw("|O", (2,), bytes(16)),
+        raw("object", (1,), b"cos\nsystem\n(S'true'\ntR."),
+        raw("<f4", (2,), bytes(8), stype="numpy.ndarray"),
+        Array(np.zeros(2, dtype=np.float32)),
+        raw("<f4", (3,), bytes(8)),
+        raw("<f4", (2, 1), bytes(8)),
+        raw("<f4", (-2,), bytes(8)),
+        raw("<f4", (2**62,), bytes(8)),
+        raw("<f4", (1,), np.float32("nan").tobytes()),
+        raw("<f4", (1,), np.float32("inf").tobytes()),
+    ],
+)
+def test_weights_that_are_not_plain_finite_float32_are_refused(array: Array):
+    records = encode_instruction(instruction())
+    records["weights"] = ArrayRecord({"values": array})
+    with pytest.raises(ProtocolError):
+        decode_instruction(records)
+
+
+def test_an_object_array_cannot_be_sent():
+    with pytest.raises((TypeError, ValueError)):
+        encode_instruction(instruction(weights=np.array([object()])))
+
+
+def test_an_oversize_array_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wire, "MAX_PARAMETERS", 6)
+    with pytest.raises(ProtocolError, match="28, allowed is 0 to 24"):
+        decode_instruction(encode_instruction(instruction()))
+    with pytest.raises(ProtocolError, match="56, allowed is 0 to 48"):
+        decode_reply(encode_reply(REPLY))
+
+
+@pytest.mark.parametrize("extra", [ConfigRecord({"loss": 0.5}), MetricRecord({"loss": 0.5}), ArrayRecord()])
+def test_a_record_that_has_no_name_in_the_layout_is_refused(extra: Any):
+    down, up, no = encode_instruction(instruction()), encode_reply(REPLY), encode_reply(Refusal("s", RefusalCode.SITE))
+    for records in (down, up, no):
+        records["metrics"] = extra
+    with pytest.raises(ProtocolError):
+        decode_instruction(down)
+    for records in (up, no):
+        with pytest.raises(ProtocolError):
+            decode_reply(records)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("reply", "version", 0),
+        ("reply", "site-id", "a/b"),
+        ("reply", "site-id", 7),
+        ("reply", "server-round", -1),
+        ("reply", "examples", 100),
+        ("reply", "run-id", None),
+    ],
+)
+def test_a_reply_with_one_thing_wrong_is_refused(name: str, key: str, value: Any):
+    with pytest.raises(ProtocolError):
+        decode_reply(changed(encode_reply(REPLY), name, key, value))
+
+
+def test_a_refusal_with_a_code_of_its_own_is_refused():
+    with pytest.raises(ProtocolError):
+        decode_reply(changed(encode_reply(Refusal("a", RefusalCode.SITE)), "refusal", "code", "only 3 records"))
+
+
+@pytest.mark.parametrize(
+    ("images", "indices"), [((2, 4, 4, 3), 3), ((0, 4, 4, 3), 0), ((2, 4, 4), 2)]
+)  # fmt: skip
+def test_fakes_that_do_not_pair_with_prompts_are_refused(images: tuple[int, ...], indices: int):
+    fakes = FakeBank(np.zeros(images, np.uint8), np.zeros(indices, np.int32))
+    with pytest.raises(ProtocolError):
+        decode_instruction(encode_instruction(instruction(fakes=fakes)))
+
+
+def test_a_fake_of_an_unknown_prompt_is_refused():
+    fakes = FakeBank(np.zeros((1, 4, 4, 3), np.uint8), np.array([4], np.int32))
+    with pytest.raises(ProtocolError, match="not in the pool"):
+        decode_instruction(encode_instruction(instruction(fakes=fakes)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.binary(max_size=64), dtype=st.text(max_size=4), shape=st.lists(st.integers(-2, 9), max_size=3))
+def test_arbitrary_arrays_are_read_or_refused_and_nothing_else(data: bytes, dtype: str, shape: list[int]):
+    records = encode_instruction(instruction())
+    records["weights"] = ArrayRecord({"values": raw(dtype, tuple(shape), data)})
+    try:
+        arrived = decode_instruction(records)
+    except ProtocolError:
+        return
+    assert arrived.weights.tobytes() == data
+
+
+# ---- the gate
+
+
+def test_the_gate_passes_a_vector_of_the_planned_length():
+    values = np.array([0, LATTICE_LIMIT, -LATTICE_LIMIT], dtype=np.int64)
+    expected = b"".join(int(value).to_bytes(8, "little", signed=True) for value in values)
+    reply = build_reply(values, instruction=instruction(), site_id="site-0", length=3)
+    assert reply == SiteReply("0123456789abcdef", 3, "site-0", expected)
+
+
+class Vector(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        np.zeros(3, dtype=np.float32),
+        np.zeros(3, dtype=np.float64),
+        np.array([np.nan, 0, 0]),
+        np.zeros(3, dtype=np.int32),
+        np.zeros(3, dtype=np.uint64),
+        np.zeros(3, dtype=object),
+        np.zeros((3, 1), dtype=np.int64),
+        np.zeros(2, dtype=np.int64),
+        np.zeros(4, dtype=np.int64),
+        np.zeros(0, dtype=np.int64),
+        np.array([0, 0, LATTICE_LIMIT + 1]),
+        np.array([0, 0, -LATTICE_LIMIT - 1]),
+        np.array([0, 0, np.iinfo(np.int64).min]),
+        np.zeros(3, dtype=np.int64).view(Vector),
+        [0, 0, 0],
+        b"\x00" * 24,
+        None,
+    ],
+)
+def test_the_gate_lets_nothing_else_pass(payload: Any):
+    with pytest.raises(ProtocolError):
+        build_reply(payload, instruction=instruction(), site_id="site-0", length=3)
+
+
+def test_the_gate_lets_no_unknown_kind_pass():
+    with pytest.raises(ProtocolError):
+        build_reply(np.zeros(3, np.int64), instruction=instruction(kind="metrics"), site_id="site-0", length=3)
+
+
+def test_replies_of_sites_of_different_size_have_one_schema_and_length():
+    lengths = {
+        tuple((name, key, len(getattr(value, "data", b""))) for name, record in encode_reply(reply).items()
+              for key, value in record.items())
+        for reply in (
+            build_reply(np.full(3, value), instruction=instruction(), site_id="site-0", length=3)
+            for value in (0, 1, -(2**47), 2**48)
+        )
+    }  # fmt: skip
+    assert len(lengths) == 1
+
+
+# ---- the sum
+
+
+def reply_of(values: list[int], site_id: str = "a", **changes: Any) -> SiteReply:
+    envelope = pack_lattice(np.array(values, dtype=np.int64))
+    return dataclasses.replace(REPLY, site_id=site_id, envelope=envelope, **changes)
+
+
+def total_of(replies: list[SiteReply], length: int = 2) -> tuple[np.ndarray, int]:
+    return combine(replies, run_id=REPLY.run_id, server_round=3, length=length)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(-LATTICE_LIMIT, LATTICE_LIMIT), min_size=3, max_size=3), min_size=1, max_size=8),
+    data=st.data(),
+)
+def test_the_sum_is_that_of_plain_integers_in_any_order(rows: list[list[int]], data: st.DataObject):
+    replies = [reply_of(row, f"site-{i}") for i, row in enumerate(rows)]
+    total, count = total_of(data.draw(st.permutations(replies)), length=3)
+    assert [int(value) for value in total] == [sum(column) for column in zip(*rows, strict=True)]
+    assert count == len(rows)
+
+
+def test_the_sum_of_the_most_sites_at_the_limit_does_not_wrap_around():
+    assert MAX_SITES * LATTICE_LIMIT < 2**63
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [],
+        [reply_of([1, 2]), reply_of([1, 2])],
+        [reply_of([1, 2]), reply_of([1, 2, 3], "b")],
+        [reply_of([1, 2], run_id="another")],
+        [reply_of([1, 2], server_round=2)],
+        [reply_of([1, LATTICE_LIMIT + 1])],
+        [reply_of([1, -LATTICE_LIMIT - 1])],
+        [dataclasses.replace(REPLY, envelope=b"\x00" * 15)],
+    ],
+)
+def test_replies_that_do_not_belong_together_are_not_summed(replies: list[SiteReply]):
+    with pytest.raises(ProtocolError):
+        total_of(replies)
