@@ -79,8 +79,8 @@ class PrivacyConfig(Section):
     delta: float = Field(gt=0, lt=1, description="Public constant, below 1 / number of records at a site.")
     sampling_rate: float = Field(gt=0, le=1, description="Poisson sampling rate q of a step, public.")
     clipping_norm: float = Field(12.0, gt=0, le=1e6, description="L2 bound C of one record's gradient.")
-    noise: Literal["local", "distributed"] = Field("local", description="Who adds noise: each site all of it, or shares.")
-    kernel: Literal["fused", "opacus"] = Field("fused", description="What computes the clipped sum; equal within rounding.")
+    noise: Literal["local", "distributed"] = Field("local", description="Who adds it: each site all, or shares of it.")
+    kernel: Literal["fused", "opacus"] = Field("fused", description="What computes the clipped sum; both agree.")
     retry_slack: int = Field(5, ge=0, le=10_000, description="Rounds reserved for retries beside federation.rounds.")
     unit: Literal["example"] = Field("example", description="The privacy unit: an image with all its captions.")
 
@@ -115,7 +115,7 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the squared gradient.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Part of each weight removed a step, times the rate.")
     warmup_rounds: int = Field(10, ge=0, le=100_000, description="Rounds over which the rate rises linearly.")
-    final_fraction: float = Field(1.0, gt=0, le=1, description="The rate falls linearly to this part at the last round.")
+    final_fraction: float = Field(1.0, gt=0, le=1, description="The rate falls linearly to this part at the end.")
 
 
 class TrainingConfig(Section):
