@@ -29,7 +29,8 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -175,6 +176,13 @@ class RunDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """For the time of the block another process of ours resumes and writes; then this one holds it again."""
+        self.close()
+        yield
+        self._lock = _take_lock(self.path)
 
     def __enter__(self) -> Self:
         return self
