@@ -19,7 +19,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 demo demo-check: export MALLOC_MMAP_THRESHOLD_ := 1000000000
 demo demo-check: export MALLOC_TRIM_THRESHOLD_ := 2000000000
 
-.PHONY: help demo test test-slow test-all lint docs docs-check demo-check clean
+.PHONY: help demo test test-slow test-all lint docs demo-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1|\2/' | column -t -s '|'
@@ -40,12 +40,8 @@ lint: .venv/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: .venv/installed  ## write the generated pages of docs/ again
-	$(BIN)/python -m shared.config > docs/configuration.md.tmp
-	mv docs/configuration.md.tmp docs/configuration.md
-
-docs-check: docs  ## fail when a generated page was not committed as it is now
-	git diff --exit-code -- docs
+docs: .venv/installed  ## write the generated pages again; a test compares them
+	$(BIN)/python docs/generate.py
 
 demo-check: .venv/installed  ## the demo's way, a few rounds long
 	rm -rf runs/demo-check

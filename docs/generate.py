@@ -1,0 +1,185 @@
+"""Writes the pages that would drift if a person wrote them: settings, command line, file map of the README.
+
+    python docs/generate.py            write what changed
+    python docs/generate.py --check    write nothing; exit code 1 and the names of stale pages
+
+Texts come from where each thing is declared: field descriptions, `--help`, the first line of a file.
+Not here: pages that explain; people write those.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script from a checkout that is not installed
+
+from shared import errors  # noqa: E402
+from shared.cli import COMMANDS  # noqa: E402
+from shared.config import RunConfig, Section  # noqa: E402
+from shared.errors import FedCanvasError  # noqa: E402
+
+GENERATED = "<!-- Written by docs/generate.py (`make docs`): change the place where it is declared, not this page. -->"
+MAP_START, MAP_END = "<!-- file map: written by docs/generate.py -->", "<!-- end of the file map -->"
+MAPPED = ("shared", "client", "server", "simulations", "tests", "benchmarks", "docs")
+HELP_COLUMNS = 100
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    pages = {
+        ROOT / "docs/configuration.md": configuration_page(),
+        ROOT / "docs/commands.md": commands_page(),
+        readme: with_file_map(readme.read_text(encoding="utf-8")),
+    }
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} is {'stale' if '--check' in sys.argv else 'written'}")
+        if "--check" not in sys.argv:
+            path.write_text(pages[path], encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(1)
+
+
+def configuration_page() -> str:
+    lines = [
+        "# Settings of a run",
+        "",
+        GENERATED,
+        "",
+        "A scenario gives every setting a value; a file given with `--config` replaces some of them, `--set`",
+        "replaces single ones, and an option such as `--rounds` is the same as its `--set`. All of them are",
+        "public: they travel to every site and stand in the run directory. In a TOML file a section is a table:",
+        "",
+        "```toml",
+        "seed = 3",
+        "",
+        "[privacy]",
+        "target-epsilon = 8.0",
+        "```",
+        "",
+        "There is no setting for the noise: it is derived from the target epsilon, delta, the sampling rate and the",
+        "number of steps. What only a site decides is not here either; it stands in the site's own `site.toml`.",
+    ]
+    alone = {name: field for name, field in RunConfig.model_fields.items() if not _is_section(field.annotation)}
+    lines += ["", "## Of the whole run", "", *_table(alone, prefix="")]
+    for name, field in RunConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            lines += ["", f"## {_dashed(name)}", ""]
+            if kind.__doc__ and kind.__doc__ != Section.__doc__:
+                lines += [kind.__doc__.strip(), ""]
+            lines += _table(kind.model_fields, prefix=f"{_dashed(name)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(fields: dict[str, Any], *, prefix: str) -> list[str]:
+    rows = [
+        f"| `{prefix}{_dashed(name)}` | {_default(field)} | {_allowed(field)} | {field.description or ''} |"
+        for name, field in fields.items()
+    ]
+    return ["| setting | default | allowed | meaning |", "|---|---|---|---|", *rows]
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "none: write it down"
+    return "unset" if field.default is None else f"`{str(field.default).lower()}`"
+
+
+def _allowed(field: Any) -> str:
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    bounds = [
+        f"{sign} {getattr(bound, name):,}".replace(",", " ")
+        for bound in field.metadata
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if hasattr(bound, name)
+    ]
+    names = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}
+    return " ".join([names.get(kind, "text"), ", ".join(bounds)]).strip()
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def commands_page() -> str:
+    lines = ["# Command line", "", GENERATED, ""]
+    lines += ["Results go to standard output, talk and progress to standard error.", "", "## Exit codes", ""]
+    lines += ["| code | when |", "|---|---|", "| 0 | success |", *exit_code_rows(), "| 130 | interrupted by Ctrl-C |"]
+    with ThreadPoolExecutor(2) as pool:
+        commands = ["", *COMMANDS]
+        for command, text in zip(commands, pool.map(help_text, commands), strict=True):
+            lines += ["", f"## {f'fedcanvas {command}'.strip()}", "", "```", text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def exit_code_rows() -> Iterator[str]:
+    """Rows from the tree in the docstring of `shared.errors`."""
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"\s+(?:[|`]\W+)?(\w+)\s+(\d+)\s+(.*)", line)
+        if found and found[1] != FedCanvasError.__name__:
+            yield f"| {found[2]} | {found[3]} (`{found[1]}`) |"
+
+
+def help_text(command: str) -> str:
+    """What `fedcanvas COMMAND --help` prints on a terminal of fixed width without colours."""
+    plain = {"COLUMNS": str(HELP_COLUMNS), "TERM": "dumb", "NO_COLOR": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "shared.cli", *command.split(), "--help"],
+        env={**os.environ, **plain}, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if result.returncode:
+        sys.exit(f"fedcanvas {command} --help failed: {result.stderr}")
+    return "\n".join(line.rstrip() for line in result.stdout.strip("\n").splitlines())
+
+
+def with_file_map(readme: str) -> str:
+    """The README with the file map between its two marks written anew."""
+    before, _, rest = readme.partition(MAP_START)
+    _, _, after = rest.partition(MAP_END)
+    return "\n".join([f"{before}{MAP_START}", "", *file_map(), "", f"{MAP_END}{after}"])
+
+
+def file_map() -> Iterator[str]:
+    for folder in MAPPED:
+        paths = [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in (".py", ".md") and p.stat().st_size]
+        if not paths:
+            continue
+        yield f"**{folder}/**"
+        yield ""
+        yield "| file | what it is |"
+        yield "|---|---|"
+        for path in paths:
+            if (text := summary(path)) and path.name != "__init__.py":
+                name = path.relative_to(ROOT)
+                yield f"| [`{name.relative_to(folder)}`]({name}) | {text} |"
+        yield ""
+
+
+def summary(path: Path) -> str:
+    """The first sentence or line of a Python file's docstring; the title of a page."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text.partition("\n")[0].lstrip("# ")
+    first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+    first = " ".join(first.split())
+    return re.split(r"(?<=[.:;]) ", first)[0].rstrip(".:;").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()
