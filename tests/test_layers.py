@@ -1,0 +1,204 @@
+"""Who may import whom, where each heavy library lives, and that nothing that can run code is ever unpickled.
+
+Read from the source with `ast`, so an import inside a function counts as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("client", "server", "shared", "simulations")
+
+# package: the packages of ours that it may import beside itself.
+MAY_IMPORT = {
+    "shared": set(),
+    "client": {"shared"},
+    "server": {"shared"},
+    "simulations": {"shared", "client", "server"},
+    "benchmarks": {"shared", "client", "server", "simulations"},
+    "docs": {"shared", "server", "simulations"},
+}
+
+# Inside a package the arrow points down this list; a module that is not named stands at the bottom.
+LEVELS = {
+    "client": ["client.cli", "client.app", "client.site", "client.gate"],
+    "server": ["server.cli", "server.app", "server.rounds"],
+}
+
+# A library that is slow to load, or that has to be trusted, is met in one place.
+PLACES = {
+    "flwr": {"client.app", "server.app", "server.rounds", "shared.records", "simulations.engines"},
+    "ray": {"simulations.engines"},
+    "opacus": {"shared.privacy"},
+    "dp_accounting": {"shared.privacy"},
+    "cryptography": {"shared.privacy"},
+    "cv2": {"shared.data", "simulations.shapes"},
+    "transformers": {"shared.text"},
+    "matplotlib": {"server.report", "server.sheet"},
+    "pydantic": {"shared.config", "client.site"},
+    "safetensors": {"shared.rundir"},
+}
+
+# Reading weights or data runs no code: tensors are safetensors, everything else is JSON, TOML, PNG or plain arrays.
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "urllib", "requests"}
+FORBIDDEN_CALLS = {"torch.load", "torch.save", "torch.hub.load", "eval", "exec", "os.system"}
+FORBIDDEN_ARGUMENTS = {"allow_pickle", "trust_remote_code", "shell"}  # may only be written as False
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for package in MAY_IMPORT:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return found
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere; `from a import b` gives `a` and, where it is one of ours, `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "relative imports hide the layer"
+            yield node.module
+            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in modules())
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def within(name: str, places: set[str]) -> bool:
+    return any(name == place or name.startswith(place + ".") for place in places)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_its_layer_allows(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    wrong = [
+        (name, imported)
+        for name, tree in modules().items()
+        if top(name) == package
+        for imported in imports(tree)
+        if top(imported) in {*MAY_IMPORT, "tests"} - allowed
+    ]
+    assert not wrong
+
+
+def test_only_the_command_line_names_a_module_of_another_layer_in_a_text() -> None:
+    # Lazy tables hold "module:attribute" texts, which are imports too.
+    lazy = re.compile(rf"({'|'.join(OURS)})(\.\w+)*(:\w+)?")
+    wrong = [
+        (name, node.value)
+        for name, tree in modules().items()
+        if top(name) in OURS and name != "shared.cli"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if lazy.fullmatch(node.value) and "." in node.value
+        if top(node.value) not in MAY_IMPORT[top(name)] | {top(name)}
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", LEVELS)
+def test_inside_a_package_the_arrow_points_from_the_app_to_the_learning(package: str) -> None:
+    levels = LEVELS[package]
+
+    def level(name: str) -> int:
+        return levels.index(name) if name in levels else len(levels)
+
+    wrong = [
+        (name, imported)
+        for name, tree in modules().items()
+        if top(name) == package and name != package
+        for imported in imports(tree)
+        if top(imported) == package and imported in levels and level(imported) <= level(name)
+    ]
+    assert not wrong
+
+
+def test_no_two_modules_import_each_other() -> None:
+    def at_load(tree: ast.Module) -> Iterator[str]:
+        for node in tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):  # not in functions, not under TYPE_CHECKING
+                yield from imports(node)
+
+    # A package's __init__ may gather its own modules, which then import the package: Python resolves that.
+    graph = {
+        name: {found for found in at_load(tree) if found in modules() and not name.startswith(found)}
+        for name, tree in modules().items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
+
+
+@pytest.mark.parametrize("library", PLACES)
+def test_a_heavy_library_is_imported_in_its_one_place(library: str) -> None:
+    found = {name for name, tree in modules().items() if library in map(top, imports(tree)) and top(name) in OURS}
+    assert {name for name in found if not within(name, PLACES[library])} == set()
+
+
+def test_nothing_is_unpickled_downloaded_or_evaluated() -> None:
+    wrong = []
+    for name, tree in modules().items():
+        wrong += [(name, found) for found in imports(tree) if top(found) in FORBIDDEN_IMPORTS]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
+                wrong.append((name, ast.unparse(node)))
+            if isinstance(node, ast.keyword) and node.arg in FORBIDDEN_ARGUMENTS and ast.unparse(node.value) != "False":
+                wrong.append((name, f"{node.arg}={ast.unparse(node.value)}"))
+    assert not wrong
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    nouns = {"utils", "util", "common", "base", "helpers", "misc"}
+    assert not [name for name in modules() if nouns & set(name.split("."))]
+
+
+def test_every_file_opens_by_saying_what_it_promises() -> None:
+    assert not [name for name, tree in modules().items() if tree.body and not ast.get_docstring(tree)]
+
+
+def loaded_after(code: str) -> set[str]:
+    """Names of the modules that a fresh process has loaded after `code`."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_the_app_of_a_site_loads_no_server_code() -> None:
+    loaded = loaded_after("import client.app")
+    assert not [name for name in loaded if top(name) in ("server", "simulations")]
+    assert "client.site" in loaded
+
+
+def test_the_command_line_loads_nothing_heavy_until_it_is_needed() -> None:
+    loaded = loaded_after("import shared.cli")
+    assert not {top(name) for name in loaded} & {"torch", "flwr", "opacus", "cv2", "transformers", "matplotlib", "ray"}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import a.b", ["a.b"]),
+        ("def f():\n    from shared import errors", ["shared", "shared.errors"]),
+        ("from shared.errors import DataError", ["shared.errors"]),
+    ],
+)
+def test_imports_are_found_wherever_they_stand(source: str, found: list[str]) -> None:
+    assert list(imports(ast.parse(source))) == found
