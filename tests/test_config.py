@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shared.config
 from shared.config import PrivacyConfig, RunConfig, Section, parse_setting, read_toml, setting_names, unflatten
 from shared.errors import ConfigError
 
@@ -218,6 +220,20 @@ def test_every_setting_has_a_name_with_dashes_and_a_description() -> None:
     assert {"seed", "federation.local-steps", "privacy.target-epsilon"} <= names.keys()
     assert not [name for name, description in names.items() if "_" in name or not description]
     assert names.keys() >= RunConfig.from_table(table()).to_flat().keys()
+
+
+def test_every_setting_is_read_by_the_code() -> None:
+    # A setting that nothing reads is a promise that nothing keeps.
+    root = Path(shared.config.__file__).parents[1]
+    files = [path for folder in ("shared", "client", "server", "simulations") for path in (root / folder).rglob("*.py")]
+    read = {
+        node.attr
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    names = {name.rpartition(".")[2].replace("-", "_") for name in setting_names()}
+    assert names - read == set()
 
 
 def test_the_expected_batch_size_comes_from_public_figures() -> None:

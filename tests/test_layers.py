@@ -46,7 +46,7 @@ PLACES = {
     "transformers": {"shared.text"},
     "matplotlib": {"server.report", "server.sheet"},
     "pydantic": {"shared.config", "client.site"},
-    "safetensors": {"shared.rundir"},
+    "safetensors": {"shared.rundir", "shared.metrics"},
 }
 
 # Reading weights or data runs no code: tensors are safetensors, everything else is JSON, TOML, PNG or plain arrays.
@@ -72,7 +72,8 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, "relative imports hide the layer"
+            assert node.level == 0, "relative imports hide the layer"
+            assert node.module
             yield node.module
             yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in modules())
 
