@@ -97,12 +97,16 @@ class FrontEnd(nn.Module):
             width = 2 / (GREY_BINS - 1)
             bins = functional.relu(1 - (images - centres).abs() / width)
             return functional.avg_pool2d(bins, self.cell) * GREY_SCALE
-        low, middle, high = functional.relu(-images), 1 - images.abs(), functional.relu(images)
-        axis = torch.stack([low, middle, high], dim=1)  # (B, bins, 3, H, W)
-        red, green, blue = axis.unbind(dim=2)  # each (B, bins, H, W)
-        pairs = (red[:, :, None] * green[:, None]).flatten(1, 2)
-        bins = (pairs[:, :, None] * blue[:, None]).flatten(1, 2)  # (B, 27, H, W)
-        return functional.avg_pool2d(bins, self.cell) * COLOUR_SCALE
+        count, cells, pixels = len(images), self.side**2, self.cell**2
+        # Pixel by pixel of each cell, so that the sum over pixels of a product of bins is a small matrix product:
+        # three times faster than 27 maps of the image's size.
+        grouped = images.view(count, 3, self.side, self.cell, self.side, self.cell)
+        values = grouped.permute(0, 2, 4, 1, 3, 5).reshape(count * cells, 3, pixels)
+        bins = torch.stack([functional.relu(-values), 1 - values.abs(), functional.relu(values)], dim=2)
+        red, green, blue = bins.unbind(dim=1)  # each (B cells, 3, pixels)
+        pairs = (red[:, :, None] * green[:, None]).flatten(1, 2)  # (B cells, 9, pixels)
+        shares = torch.bmm(pairs, blue.transpose(1, 2)) * (COLOUR_SCALE / pixels)  # (B cells, 9, 3)
+        return shares.view(count, self.side, self.side, 27).permute(0, 3, 1, 2)
 
 
 def fingerprint() -> str:

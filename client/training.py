@@ -1,0 +1,207 @@
+"""The local phase at a site: records in, one noised integer vector out. Pure torch, no Flower, no files.
+
+Everything that depends on a record passes one per-record loss, one clip and the noise before it is returned.
+Not here: whether the site answers at all (`client.site`), and what a reply may look like (`client.gate`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.adversarial import UPDATE_LATTICE, build_loss, fakes_gradient, real_record_loss, take_step, to_unit_range
+from shared.config import RunConfig
+from shared.data import ImageCaptionDataset, augment
+from shared.fakes import FakeBank
+from shared.models import Discriminator, flat_parameters, load_flat_parameters
+from shared.moments import CLIPPING_NORM as MOMENT_NORM
+from shared.moments import clipped_moment_sum
+from shared.optimizers import build_optimizer, set_learning_rate
+from shared.privacy.dpsgd import clipped_gradient_sum, noised_sum
+from shared.privacy.entropy import Entropy
+from shared.privacy.plan import PrivacyPlan
+from shared.prompts import PromptPool
+from shared.text import CaptionEncoder
+
+ROWS = 500  # of one pass when features are computed
+
+
+@dataclass(frozen=True)
+class PrivateBatch:
+    """Real rows of one step. A type of its own: nothing that trains the generator accepts it.
+
+    Attributes:
+        features: `(B, V, h, w, c)`.
+        captions: `(B, E)`, embeddings of the records' own captions.
+        wrong_prompts: `(B, E)`, embeddings of public prompts that are not the record's caption.
+    """
+
+    features: Tensor
+    captions: Tensor
+    wrong_prompts: Tensor
+
+
+@dataclass(frozen=True)
+class PrivateRecords:
+    """A site's records, ready to draw from.
+
+    Attributes:
+        images: `(N, H, W, C)` uint8, kept for augmentation.
+        features: `(N, h, w, c)` float16 of the images as they are; `None` when every view is augmented anew.
+        embeddings: `(T, E)`, one row for each different caption.
+        captions: the T different captions.
+        caption_rows: for each of the N records the rows of `embeddings` that are its captions.
+    """
+
+    images: np.ndarray
+    features: Tensor | None
+    embeddings: Tensor
+    captions: tuple[str, ...]
+    caption_rows: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def prepare_records(
+    dataset: ImageCaptionDataset, indices: np.ndarray, *, config: RunConfig, encoder: CaptionEncoder,
+    discriminator: Discriminator,
+) -> PrivateRecords:  # fmt: skip
+    """Encodes captions once and, where no augmentation changes the images, their features once."""
+    places: dict[str, int] = {}
+    rows = tuple(
+        tuple(places.setdefault(caption, len(places)) for caption in dataset.captions[int(index)]) for index in indices
+    )
+    captions = tuple(places)
+    images = dataset.images[indices]
+    features = None
+    if not config.data.augmented:
+        with torch.no_grad():
+            parts = [
+                discriminator.features(to_unit_range(images[i : i + ROWS]).to(config.compute.device)).half()
+                for i in range(0, len(images), ROWS)
+            ]
+        features = torch.cat(parts)
+    embeddings = encoder.encode(captions).to(config.compute.device)
+    return PrivateRecords(images, features, embeddings, captions, rows)
+
+
+def site_gradient(
+    discriminator: Discriminator, records: PrivateRecords,
+    *, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, prompt_embeddings: Tensor, entropy: Entropy,
+    server_round: int, local_step: int = 0,
+) -> np.ndarray:  # fmt: skip
+    """One DP-SGD step's noised gradient sum of the real term.
+
+    Returns:
+        `(num_parameters,)` int64 in units of `plan.lattice`. An empty draw is pure noise and counts as a step.
+    """
+    batch = draw_batch(
+        discriminator, records, config=config, plan=plan, prompts=prompts, prompt_embeddings=prompt_embeddings,
+        entropy=entropy, labels=(server_round, local_step),
+    )  # fmt: skip
+    loss = real_record_loss(
+        build_loss(config.discriminator), wrong_prompt_weight=config.discriminator.wrong_prompt_weight
+    )
+    clipped = clipped_gradient_sum(
+        discriminator, batch.features, torch.stack([batch.captions, batch.wrong_prompts], dim=1), loss,
+        clipping_norm=plan.clipping_norm, kernel=config.privacy.kernel,
+    )  # fmt: skip
+    return noised_sum(clipped.total, plan=plan, entropy=entropy, labels=("noise", server_round, local_step))
+
+
+def site_update(
+    discriminator: Discriminator, records: PrivateRecords, fakes: FakeBank,
+    *, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, prompt_embeddings: Tensor, entropy: Entropy,
+    server_round: int,
+) -> np.ndarray:  # fmt: skip
+    """`local-steps` noised steps with a fresh optimizer against a bank of fakes; every step is charged.
+
+    Returns:
+        `(num_parameters,)` int64, the parameter update in units of `UPDATE_LATTICE`. The discriminator
+        that was passed in is changed.
+    """
+    before = flat_parameters(discriminator)
+    loss = build_loss(config.discriminator)
+    optimizer = build_optimizer(discriminator, config.discriminator_optimizer)
+    set_learning_rate(optimizer, config.discriminator_optimizer, server_round, config.federation.rounds)
+    images = to_unit_range(fakes.images).to(config.compute.device)
+    conditioning = prompt_embeddings[torch.from_numpy(fakes.prompt_indices).long()]
+    # The public share of one site in the expected batch: not its own size, which nobody else may learn.
+    expected_at_site = plan.expected_batch_size / plan.sites
+    share = max(1, len(images) // config.federation.local_steps)
+    for local_step in range(config.federation.local_steps):
+        noised = site_gradient(
+            discriminator, records, config=config, plan=plan, prompts=prompts, prompt_embeddings=prompt_embeddings,
+            entropy=entropy, server_round=server_round, local_step=local_step,
+        )  # fmt: skip
+        start = local_step * share % len(images)
+        part = slice(start, start + share)
+        of_fakes = fakes_gradient(
+            discriminator, images[part], conditioning[part], loss, clipping_norm=plan.clipping_norm
+        )
+        real = torch.from_numpy(noised).to(of_fakes.total) * (plan.lattice / expected_at_site)
+        take_step(discriminator, optimizer, real + of_fakes.total / len(of_fakes.norms))
+    update = flat_parameters(discriminator).astype(np.float64) - before
+    return np.rint(update / UPDATE_LATTICE).astype(np.int64)
+
+
+def site_moments(
+    records: PrivateRecords, *, config: RunConfig, plan: PrivacyPlan, discriminator: Discriminator, entropy: Entropy
+) -> np.ndarray:  # fmt: skip
+    """The warm start's one release: noised caption-conditioned feature moments of all records (q = 1).
+
+    Returns:
+        `(moment_size,)` int64 in units of the moment plan's lattice.
+    """
+    features = records.features
+    if features is None:
+        with torch.no_grad():
+            features = torch.cat(
+                [
+                    discriminator.features(to_unit_range(records.images[i : i + ROWS])).half()
+                    for i in range(0, len(records), ROWS)
+                ]
+            )
+    # A record with several captions enters with their mean embedding: one vector a record, one clip.
+    captions = torch.stack([records.embeddings[list(rows)].mean(dim=0) for rows in records.caption_rows])
+    total = clipped_moment_sum(features, captions)
+    of_moments = replace(plan, noise_multiplier=plan.warm_start_noise_multiplier or 0.0, clipping_norm=MOMENT_NORM)
+    return noised_sum(total, plan=of_moments, entropy=entropy, labels=("moments",))
+
+
+def draw_batch(
+    discriminator: Discriminator, records: PrivateRecords,
+    *, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, prompt_embeddings: Tensor, entropy: Entropy,
+    labels: tuple[int, int],
+) -> PrivateBatch:  # fmt: skip
+    """A Poisson draw of records with their views, one caption each and one wrong public prompt each."""
+    chosen = entropy.poisson_draw(len(records), plan.sampling_rate, "draw", *labels)
+    rng = entropy.rng("views", *labels)
+    if records.features is not None:
+        features = records.features[torch.from_numpy(chosen)][:, None].float()
+    else:
+        views = to_unit_range(augment(records.images[chosen], config=config.data, rng=rng))  # (B, V, C, H, W)
+        flat = views.flatten(0, 1).to(config.compute.device)
+        with torch.no_grad():
+            features = discriminator.features(flat).unflatten(0, views.shape[:2])
+    places = {text: place for place, text in enumerate(prompts.texts)}
+    caption_rows = [records.caption_rows[i][rng.integers(len(records.caption_rows[i]))] for i in chosen]
+    own = np.array([places.get(records.captions[row], -1) for row in caption_rows], dtype=np.int64)
+    # Uniform over the public prompts other than the record's own caption, where that is one of them.
+    others = np.maximum(len(prompts) - (own >= 0), 1)
+    wrong = (rng.random(len(chosen)) * others).astype(np.int64)
+    wrong += (own >= 0) & (wrong >= own) & (len(prompts) > 1)
+    return PrivateBatch(
+        features=features,
+        captions=records.embeddings[torch.tensor(caption_rows, dtype=torch.long)],
+        wrong_prompts=prompt_embeddings[torch.from_numpy(wrong)],
+    )
+
+
+def load_weights(discriminator: Discriminator, weights: np.ndarray) -> None:
+    """The released weights of an instruction, `(num_parameters,)` float32, into the site's own copy."""
+    load_flat_parameters(discriminator, weights)

@@ -1,0 +1,271 @@
+"""What the server does with released sums: discriminator step, generator steps, moving average. Pure torch.
+
+It sees released weights and public prompts only, so everything here is post-processing and costs no privacy.
+Not here: who is asked, what is charged, what is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.adversarial import UPDATE_LATTICE, build_loss, fakes_gradient, take_step, to_bytes
+from shared.config import RunConfig
+from shared.fakes import FakeBank
+from shared.models import (
+    build_discriminator,
+    build_generator,
+    draw_latents,
+    flat_parameters,
+    load_flat_parameters,
+    weights_digest,
+)
+from shared.moments import CLIPPING_NORM as MOMENT_NORM
+from shared.moments import MomentFit, moment_size
+from shared.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
+from shared.privacy.plan import PrivacyPlan
+from shared.prompts import PromptPool
+from shared.text import CaptionEncoder
+
+# Generator steps a round, from "the discriminator needs many rounds" up; whole numbers follow.
+SLOW_RUNGS = (1 / 200, 1 / 100, 1 / 50, 1 / 20, 1 / 10, 1 / 5, 1 / 2)
+ACCURACY_DECAY = 0.9  # of the moving average of the accuracy on fresh fakes
+SAMPLE_ROWS = 128  # pictures drawn in one pass
+
+
+class ServerTraining:
+    """Discriminator, generator, their optimizers, and the ladder that balances them."""
+
+    def __init__(self, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, encoder: CaptionEncoder) -> None:
+        self.config, self.plan, self.prompts, self.encoder = config, plan, prompts, encoder
+        self.device = torch.device(config.compute.device)
+        self.prompt_embeddings = encoder.encode(prompts.texts).to(self.device)  # (P, E)
+        self.loss = build_loss(config.discriminator)
+        self.discriminator = build_discriminator(config, embedding_dim=encoder.dim)
+        self.generator = build_generator(config, embedding_dim=encoder.dim)
+        self.ema_generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.discriminator_optimizer = build_optimizer(self.discriminator, config.discriminator_optimizer)
+        self.generator_optimizer = build_optimizer(self.generator, config.generator_optimizer)
+        self.ladder = (*SLOW_RUNGS, *range(1, config.training.max_generator_steps + 1))
+        self.rung = self.ladder.index(min(config.training.generator_steps, config.training.max_generator_steps))
+        self.generator_steps = 0
+        self.steps_on_rung = 0
+        self.credit = 0.0  # generator steps that are due, below one
+        self.accuracy = 0.5
+
+    def warm_start(self, moments: np.ndarray, replies: int) -> dict[str, float]:
+        """Pre-trains the generator so that its mean features at each prompt are the released ones.
+
+        Args:
+            moments: `(moment_size,)` int64, summed over `replies` sites, in units of the moment plan's lattice.
+        """
+        plan = replace(self.plan, noise_multiplier=self.plan.warm_start_noise_multiplier or 0.0, clipping_norm=MOMENT_NORM)
+        noise_std = plan.noise_multiplier * plan.sensitivity(len(moments)) * replies**0.5
+        features = int(np.prod(self.discriminator.feature_shape))
+        fit = MomentFit(
+            moments * plan.lattice, feature_count=features, embedding_dim=self.encoder.dim, noise_std=noise_std
+        )
+        settings = self.config.training
+        views = 8  # pictures of one prompt in a step, in two independent halves
+        for step in range(self.config.warm_start.steps):
+            rng = self._rng("warm-start", step)
+            set_learning_rate(self.generator_optimizer, self.config.generator_optimizer, self.config.federation.rounds, 1)
+            picks = self._draw_prompts(max(1, settings.generator_batch // views), rng)
+            conditioning = self.prompt_embeddings[picks]
+            latents = self._latents(len(picks) * views, rng)
+            images = self.generator(latents, conditioning.repeat_interleave(views, dim=0))
+            made = self.discriminator.features(images).flatten(1).view(len(picks), views, -1)
+            off = made - fit.expected_features(conditioning)[:, None]
+            # The product of two independent halves is unbiased: it does not reward less variety.
+            halves = off[:, : views // 2].mean(dim=1), off[:, views // 2 :].mean(dim=1)
+            loss = (halves[0] * halves[1]).mean()
+            if settings.mode_seeking_weight:
+                half = views // 2
+                loss = loss - settings.mode_seeking_weight * _variety(
+                    made[:, :half].flatten(0, 1), made[:, half:].flatten(0, 1),
+                    *(z.flatten(0, 1) for z in latents.view(len(picks), 2, half, -1).unbind(dim=1)),
+                    cap=settings.mode_seeking_cap,
+                )  # fmt: skip
+            self._generator_step(loss)
+        return {"moment_directions": float(fit.directions_kept), "warm_start_loss": float(loss.detach())}
+
+    def moment_size(self) -> int:
+        return moment_size(int(np.prod(self.discriminator.feature_shape)), self.encoder.dim)
+
+    def fake_bank(self, server_round: int) -> FakeBank:
+        """Fakes for sites that take several local steps: `training.fakes` for each of them."""
+        count = self.config.training.fakes * self.config.federation.local_steps
+        images, picks = self._fakes(count, "bank", server_round)
+        return FakeBank(to_bytes(images), picks.to(torch.int32).cpu().numpy())
+
+    def step(self, total: np.ndarray, replies: int, server_round: int) -> dict[str, float]:
+        """One round: the discriminator's step from the released sum, then the generator's steps that are due.
+
+        Args:
+            total: `(num_parameters,)` int64, the sum of all replies, in the lattice of what sites send.
+            replies: how many sites it holds.
+        Returns:
+            Public figures for the log of the run.
+        """
+        config = self.config
+        images, picks = self._fakes(config.training.fakes, "fakes", server_round)
+        of_fakes = fakes_gradient(
+            self.discriminator, images, self.prompt_embeddings[picks], self.loss,
+            clipping_norm=self.plan.clipping_norm,
+        )  # fmt: skip
+        accuracy = (of_fakes.logits < 0).float().mean().item()
+        self.accuracy = ACCURACY_DECAY * self.accuracy + (1 - ACCURACY_DECAY) * accuracy
+        if config.federation.local_steps == 1:
+            # Divide by the expected size of the sites that answered, never by a count of records.
+            divisor = self.plan.expected_batch_size * replies / self.plan.sites
+            gradient = torch.from_numpy(total).to(of_fakes.total) * (self.plan.lattice / divisor)
+            gradient += of_fakes.total / len(of_fakes.norms)
+            set_learning_rate(
+                self.discriminator_optimizer, config.discriminator_optimizer, server_round, config.federation.rounds
+            )
+            take_step(self.discriminator, self.discriminator_optimizer, gradient)
+        else:
+            update = total * (UPDATE_LATTICE / replies)
+            load_flat_parameters(self.discriminator, flat_parameters(self.discriminator) + update)
+        set_learning_rate(self.generator_optimizer, config.generator_optimizer, server_round, config.federation.rounds)
+        self.credit += self.ladder[self.rung]
+        losses: list[float] = []
+        while self.credit >= 1 - 1e-9:
+            self.credit -= 1
+            losses.append(self._adversarial_step(server_round, len(losses)))
+        self._move_on_ladder(len(losses))
+        return {
+            "fakes_accuracy": self.accuracy,
+            "fakes_loss": float(self.loss.fake(of_fakes.logits).mean()),
+            "generator_loss": float(np.mean(losses)) if losses else float("nan"),
+            "generator_steps": float(self.generator_steps),
+            "generator_steps_per_round": float(self.ladder[self.rung]),
+        }
+
+    def samples(self, prompts: Sequence[str], *, seed: int, indices: Sequence[int]) -> np.ndarray:
+        """Pictures of the EMA generator, `(N, H, W, C)` uint8: prompt i with the latents of (seed, indices[i])."""
+        embeddings = self.encoder.encode(list(prompts)).to(self.device)
+        return sample(self.ema_generator, embeddings, seed=seed, indices=indices)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the final weights: EMA generator, then discriminator."""
+        return weights_digest(self.ema_generator, self.discriminator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs; draws are keyed by round, so no random state is among it."""
+        return {
+            "discriminator": dict(self.discriminator.named_parameters()),
+            "generator": dict(self.generator.named_parameters()),
+            "ema_generator": dict(self.ema_generator.named_parameters()),
+            "discriminator_optimizer": optimizer_state(self.discriminator_optimizer),
+            "generator_optimizer": optimizer_state(self.generator_optimizer),
+            "rung": self.rung,
+            "generator_steps": self.generator_steps,
+            "steps_on_rung": self.steps_on_rung,
+            "credit": self.credit,
+            "accuracy": self.accuracy,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("discriminator", "generator", "ema_generator"):
+            with torch.no_grad():
+                for key, parameter in getattr(self, name).named_parameters():
+                    parameter.copy_(state[name][key])
+        load_optimizer_state(self.discriminator_optimizer, state["discriminator_optimizer"])
+        load_optimizer_state(self.generator_optimizer, state["generator_optimizer"])
+        self.rung, self.generator_steps = int(state["rung"]), int(state["generator_steps"])
+        self.steps_on_rung = int(state["steps_on_rung"])
+        self.credit, self.accuracy = float(state["credit"]), float(state["accuracy"])
+
+    def _adversarial_step(self, server_round: int, step: int) -> float:
+        settings = self.config.training
+        rng = self._rng("generator", server_round, step)
+        half = settings.generator_batch // 2
+        picks = self._draw_prompts(settings.generator_batch, rng)
+        if settings.mode_seeking_weight:
+            picks = torch.cat([picks[:half], picks[:half]])  # pairs with one prompt
+        latents = self._latents(len(picks), rng)
+        conditioning = self.prompt_embeddings[picks]
+        features = self.discriminator.features(self.generator(latents, conditioning))
+        logits = self.discriminator(features[:, None], conditioning[:, None])
+        loss = self.loss.generator(logits).mean()
+        if settings.mode_seeking_weight:
+            variety = _variety(features[:half], features[half:], latents[:half], latents[half:], cap=settings.mode_seeking_cap)
+            loss = loss - settings.mode_seeking_weight * variety
+        self._generator_step(loss)
+        return float(loss.detach())
+
+    def _generator_step(self, loss: Tensor) -> None:
+        parameters = [p for _, p in sorted(self.generator.named_parameters())]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        self.generator_optimizer.step()
+        self.generator_steps += 1
+        decay = min(self.config.training.ema_decay, (1 + self.generator_steps) / (10 + self.generator_steps))
+        with torch.no_grad():
+            for average, current in zip(self.ema_generator.parameters(), self.generator.parameters(), strict=True):
+                average.lerp_(current, 1 - decay)
+
+    def _move_on_ladder(self, generator_steps: int) -> None:
+        """From the accuracy on fresh fakes alone: it costs nothing (DESIGN: few G steps while D is lost)."""
+        settings = self.config.training
+        self.steps_on_rung += generator_steps
+        if not settings.adaptive or self.steps_on_rung < settings.grace:
+            return
+        if self.accuracy < settings.low_accuracy and self.rung > 0:
+            self.rung, self.steps_on_rung = self.rung - 1, 0
+        elif self.accuracy > settings.high_accuracy and self.rung < len(self.ladder) - 1:
+            self.rung, self.steps_on_rung = self.rung + 1, 0
+
+    def _fakes(self, count: int, purpose: str, server_round: int) -> tuple[Tensor, Tensor]:
+        rng = self._rng(purpose, server_round)
+        picks = self._draw_prompts(count, rng)
+        with torch.no_grad():
+            parts = [
+                self.generator(latents, self.prompt_embeddings[part])
+                for latents, part in zip(
+                    self._latents(count, rng).split(SAMPLE_ROWS), picks.split(SAMPLE_ROWS), strict=True
+                )
+            ]
+        return torch.cat(parts), picks
+
+    def _draw_prompts(self, count: int, rng: np.random.Generator) -> Tensor:
+        return torch.from_numpy(rng.integers(len(self.prompts), size=count)).to(self.device)
+
+    def _latents(self, count: int, rng: np.random.Generator) -> Tensor:
+        values = rng.standard_normal((count, self.generator.latent_dim), dtype=np.float32)
+        return torch.from_numpy(values).to(self.device)
+
+    def _rng(self, *labels: int | str) -> np.random.Generator:
+        """Keyed by the run's seed and the round, so that a resumed run repeats the draw."""
+        text = "|".join(str(label) for label in (self.config.seed, *labels))
+        key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8")
+        return np.random.Generator(np.random.Philox(key=key))
+
+
+def sample(generator: torch.nn.Module, embeddings: Tensor, *, seed: int, indices: Sequence[int]) -> np.ndarray:
+    """`(N, H, W, C)` uint8 of prompt embeddings `(N, E)` with the latents of (seed, index)."""
+    latents = draw_latents(seed, indices, generator.latent_dim).to(embeddings.device)  # type: ignore[arg-type]
+    with torch.no_grad():
+        parts = [
+            to_bytes(generator(z, e))
+            for z, e in zip(latents.split(SAMPLE_ROWS), embeddings.split(SAMPLE_ROWS), strict=True)
+        ]
+    return np.concatenate(parts)
+
+
+def _variety(first: Tensor, second: Tensor, latents: Tensor, other_latents: Tensor, *, cap: float) -> Tensor:
+    """Distance of features over distance of latents for pairs with one prompt, capped where it suffices.
+
+    Source: Mao et al. 2019, "Mode Seeking GANs", https://arxiv.org/abs/1903.05628.
+    """
+    apart = (first - second).abs().flatten(1).mean(dim=1)
+    return (apart / (latents - other_latents).abs().mean(dim=1)).clamp(max=cap).mean()

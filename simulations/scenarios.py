@@ -1,0 +1,104 @@
+"""Named runs: each a function that returns a whole `RunConfig`, with what data it wants and how long it takes.
+
+The settings of `demo` and `fashion-mnist-10` were found on the data that they are measured on (synthetic shapes,
+public Fashion-MNIST): on private data such a search would itself cost privacy (PRIVACY rule 18).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shared.config import RunConfig
+from shared.errors import UsageError
+from shared.registry import nearest_name_hint
+
+GARMENTS = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run that someone can name.
+
+    Attributes:
+        data: what `--data` must hold, in words.
+        minutes: of training on two quiet cores, measured.
+        prompts: public prompts that the scenario itself ships; empty when they lie beside the data.
+    """
+
+    name: str
+    summary: str
+    data: str
+    minutes: float
+    config: Callable[[], RunConfig]
+    prompts: tuple[str, ...] = field(default=())
+
+
+def demo() -> RunConfig:
+    return RunConfig.from_table(
+        {
+            "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.1024, "clipping-norm": 15.0},
+            "federation": {"sites": 4, "rounds": 400, "published-records": 20_000},
+            "discriminator-optimizer": {"final-fraction": 0.1},
+            "generator": {"width": 24},
+            "generator-optimizer": {"final-fraction": 0.1},
+        }
+    )
+
+
+def toy() -> RunConfig:
+    return RunConfig.from_table(
+        {
+            "data": {"image-size": 8},
+            "privacy": {"target-epsilon": 8.0, "delta": 1e-4, "sampling-rate": 0.2, "clipping-norm": 1.0},
+            "federation": {"sites": 2, "rounds": 10, "published-records": 400},
+            "discriminator": {"name": "toy", "width": 8, "hidden": 16},
+            "generator": {"width": 8, "latent-dim": 8},
+            "training": {"fakes": 32, "generator-batch": 32},
+            "evaluation": {"every": 5, "samples": 96},
+            "compute": {"checkpoint-every": 5},
+        }
+    )
+
+
+def _ten_sites() -> RunConfig:
+    return RunConfig.from_table(
+        {
+            "data": {"image-size": 28, "channels": 1},
+            "text": {"dim": 32},
+            "privacy": {"target-epsilon": 10.0, "delta": 1e-5, "sampling-rate": 0.0683, "clipping-norm": 5.0},
+            "federation": {"sites": 10, "rounds": 300, "published-records": 60_000},
+            "discriminator-optimizer": {"final-fraction": 0.1},
+            "generator-optimizer": {"final-fraction": 0.1},
+            "training": {"fakes": 512, "generator-steps": 3, "mode-seeking-weight": 1.0},
+        }
+    )
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario(
+            "demo", "captioned shapes over four sites, epsilon 8", "`fedcanvas shapes FOLDER` makes it", 3.0, demo
+        ),
+        Scenario("toy", "8 px shapes over two sites in seconds, too small to be good", "8 px shapes, 400", 0.1, toy),
+        Scenario(
+            "fashion-mnist-10", "ten garments over ten sites, epsilon 10", "Fashion-MNIST as .npz (x_train, y_train,"
+            " class_names)", 19.0, _ten_sites, tuple(f"a photo of a {name}" for name in GARMENTS),
+        ),
+        Scenario(
+            "mnist-10", "ten digits over ten sites, epsilon 10", "MNIST as .npz (x_train, y_train, class_names)",
+            19.0, _ten_sites, tuple(f"a photo of a {name}" for name in DIGITS),
+        ),
+    )
+}  # fmt: skip
+
+
+def scenario_called(name: str) -> Scenario:
+    """The scenario; `UsageError` with the nearest known name when there is none."""
+    if name not in SCENARIOS:
+        raise UsageError(f"unknown scenario '{name}'", hint=nearest_name_hint(name, sorted(SCENARIOS)))
+    return SCENARIOS[name]
