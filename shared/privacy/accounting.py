@@ -1,0 +1,380 @@
+"""What a run of noised releases costs: epsilon by PRV and by PLD, the larger counts, RDP beside them.
+
+Priced is one site's run: Poisson-subsampled Gaussian steps of fixed q and sigma, and at most one unsampled
+Gaussian release before them (the warm start). Adding and removing a record are composed separately. An
+accountant that fails is replaced by a looser bound and the report says so; no approximation ever counts.
+Not here: the choice of sigma (`shared.privacy.plan`), whether a release is allowed, and pricing across runs,
+whose parameters the server chooses after it saw outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+from scipy.fft import next_fast_len
+from scipy.special import log_ndtr, ndtr
+
+from shared.errors import PrivacyError
+
+ADJACENCY = "add/remove"
+# Below this the rounding of the Fourier transforms, about 1e-13 in all, is no longer small beside delta.
+SMALLEST_DELTA = 1e-11
+PLD_INTERVAL = 1e-4  # 1e-3 is looser than RDP for many tiny steps
+PRV_EPSILON_ERROR = 0.01
+PRV_POINTS = 2**21  # 16 MiB an array
+SEARCH_POINTS = 2**18
+TABLE_POINTS = 16
+
+# Opacus's orders and a few larger ones, which small epsilons need.
+ORDERS = np.array([1 + x / 10 for x in range(1, 100)] + [*range(12, 64), 72, 80, 96, 128, 192, 256, 512], dtype=float)
+
+# warnings.catch_warnings changes the whole process.
+_WARNINGS = threading.Lock()
+
+
+@dataclass(frozen=True)
+class EpsilonReport:
+    """Epsilon of one site's releases so far, with all that gives the number a meaning.
+
+    Attributes:
+        prv, pld, rdp: upper bounds on epsilon by each accountant; infinite without privacy.
+        delta: of (epsilon, delta).
+        steps: the subsampled steps that are priced; a table may answer for a few more than were asked.
+        unit: what is added or removed ("example": an image with all its captions).
+        fallback: empty, or which accountant failed and which looser bound stands in its place.
+    """
+
+    prv: float
+    pld: float
+    rdp: float
+    delta: float
+    steps: int
+    unit: str = "example"
+    adjacency: str = ADJACENCY
+    fallback: str = ""
+
+    @property
+    def epsilon(self) -> float:
+        return max(self.prv, self.pld)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"epsilon": self.epsilon, **asdict(self)}
+
+    def __str__(self) -> str:
+        loose = f"; {self.fallback}" if self.fallback else ""
+        return f"epsilon = {self.epsilon:.3g} (delta {self.delta:.0e}, {self.adjacency} one {self.unit}{loose})"
+
+    @classmethod
+    def no_privacy(cls, *, delta: float, steps: int, unit: str = "example") -> EpsilonReport:
+        return cls(math.inf, math.inf, math.inf, delta, steps, unit)
+
+
+def spent_epsilon(
+    *, sampling_rate: float, noise_multiplier: float, steps: int, delta: float,
+    warm_start_noise_multiplier: float | None = None, unit: str = "example",
+) -> EpsilonReport:  # fmt: skip
+    """Epsilon of `steps` subsampled steps and, where given, one unsampled release before them.
+
+    Args:
+        sampling_rate: Poisson rate q in (0, 1]; 1 is priced as the analytic Gaussian.
+        noise_multiplier: noise std over sensitivity of a step, > 0.
+        warm_start_noise_multiplier: the same of the unsampled release; `None` when there was none.
+    Raises:
+        PrivacyError: a noise multiplier that is not above 0, or q or delta out of range.
+    """
+    return epsilon_curve(
+        sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=[steps], delta=delta,
+        warm_start_noise_multiplier=warm_start_noise_multiplier, unit=unit,
+    )[0]  # fmt: skip
+
+
+def epsilon_curve(
+    *, sampling_rate: float, noise_multiplier: float, steps: Sequence[int], delta: float,
+    warm_start_noise_multiplier: float | None = None, unit: str = "example",
+) -> list[EpsilonReport]:  # fmt: skip
+    """`spent_epsilon` after each of the ascending counts `steps`, for little more than the cost of the last."""
+    releases = _Releases(sampling_rate, noise_multiplier, _mu(warm_start_noise_multiplier))
+    releases.check(delta, steps)
+    sampled = [count for count in steps if count > 0 and sampling_rate < 1]
+    pld, pld_fallback = _first_that_answers("PLD", _pld_curve, releases, sampled, delta)
+    prv, prv_fallback = _first_that_answers("PRV", _prv_curve, releases, sampled, delta)
+    rdp, rdp_fallback = _first_that_answers("RDP", _rdp_curve, releases, steps, delta)
+    unsampled = len(steps) - len(sampled)  # 0 steps come first; with q = 1 it is all of them
+    exact = [analytic_gaussian_epsilon(releases.mu_without_sampling(count), delta) for count in steps[:unsampled]]
+    fallback = "; ".join(filter(None, [pld_fallback, prv_fallback, rdp_fallback]))
+    return [
+        EpsilonReport(p, q, r, delta, count, unit, ADJACENCY, fallback)
+        for p, q, r, count in zip([*exact, *prv], [*exact, *pld], rdp, steps, strict=True)
+    ]
+
+
+def estimated_epsilon(
+    *, sampling_rate: float, noise_multiplier: float, steps: int, delta: float,
+    warm_start_noise_multiplier: float | None = None,
+) -> float:  # fmt: skip
+    """Close to `spent_epsilon(...).epsilon` and many times quicker; no bound, so only a search may use it."""
+    releases = _Releases(sampling_rate, noise_multiplier, _mu(warm_start_noise_multiplier))
+    releases.check(delta, [steps])
+    if sampling_rate == 1 or steps == 0:
+        return analytic_gaussian_epsilon(releases.mu_without_sampling(steps), delta)
+    return _first_that_answers("PRV", _prv_estimate, releases, [steps], delta)[0][0]
+
+
+class EpsilonTable:
+    """Epsilon after any number of steps of one run: computed once, then a look-up.
+
+    `at(steps)` answers for the next tabulated number of steps, which is a bound since epsilon never falls
+    as steps are added; it is exact at `exact_at`. Costs 1 to 3 seconds to make.
+    """
+
+    def __init__(
+        self, *, sampling_rate: float, noise_multiplier: float, exact_at: Sequence[int], delta: float,
+        warm_start_noise_multiplier: float | None = None, unit: str = "example",
+    ) -> None:  # fmt: skip
+        largest = max(exact_at)
+        stride = -(-largest // TABLE_POINTS)
+        self._steps: list[int] = sorted({0, *range(stride, largest, max(stride, 1)), *exact_at})
+        self._reports = epsilon_curve(
+            sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=self._steps, delta=delta,
+            warm_start_noise_multiplier=warm_start_noise_multiplier, unit=unit,
+        )  # fmt: skip
+
+    @property
+    def largest(self) -> int:
+        return self._steps[-1]
+
+    def at(self, steps: int) -> EpsilonReport:
+        assert 0 <= steps <= self.largest, f"{steps} steps, the table ends at {self.largest}"
+        return self._reports[bisect_left(self._steps, steps)]
+
+
+def analytic_gaussian_epsilon(mu: float, delta: float) -> float:
+    """Exact epsilon of an unsampled Gaussian mechanism whose sensitivity is `mu` standard deviations.
+
+    Source: Balle & Wang 2018, theorem 8, https://arxiv.org/abs/1805.06530.
+    """
+    if mu == 0:
+        return 0.0
+
+    def excess(epsilon: float) -> float:
+        at, below = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
+        return float(ndtr(at) - np.exp(epsilon + log_ndtr(below)) - delta)
+
+    if excess(0.0) <= 0:
+        return 0.0
+    # Zero-concentrated privacy always bounds it: Bun & Steinke 2016, https://arxiv.org/abs/1605.02065.
+    above = mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))
+    tolerance = 1e-12 * max(above, 1.0)
+    return float(optimize.brentq(excess, 0.0, above, xtol=tolerance)) + tolerance
+
+
+def analytic_gaussian_noise_multiplier(epsilon: float, delta: float) -> float:
+    """The smallest noise multiplier of one unsampled release that costs at most `epsilon`."""
+    low, high = 0.0, 1.0
+    while analytic_gaussian_epsilon(high, delta) < epsilon:
+        low, high = high, 2 * high
+    mu = optimize.brentq(lambda x: analytic_gaussian_epsilon(x, delta) - epsilon, low, high, xtol=1e-12, rtol=1e-10)
+    return float((1 + 1e-9) / mu)
+
+
+@dataclass(frozen=True)
+class _Releases:
+    """Subsampled steps, and one Gaussian release beside them with sensitivity `mu` in standard deviations."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    mu: float
+
+    def check(self, delta: float, steps: Sequence[int]) -> None:
+        if not (self.noise_multiplier > 0 and math.isfinite(self.noise_multiplier)):
+            raise PrivacyError(
+                f"noise multiplier {self.noise_multiplier:g} gives no privacy",
+                hint="it is derived from privacy.target-epsilon; for no privacy write privacy.name = 'none'",
+            )
+        if not 0 < self.sampling_rate <= 1:
+            raise PrivacyError(f"sampling rate {self.sampling_rate:g} is not above 0 and at most 1")
+        if not 0 < delta < 1:
+            raise PrivacyError(f"delta {delta:g} is not between 0 and 1")
+        assert list(steps) == sorted({max(0, count) for count in steps}), "step counts must ascend from 0"
+
+    def mu_without_sampling(self, steps: int) -> float:
+        """Of all releases as if every record were in every step: never less than what sampling leaves."""
+        return math.hypot(math.sqrt(steps) / self.noise_multiplier, self.mu)
+
+
+def _mu(noise_multiplier: float | None) -> float:
+    if noise_multiplier is None:
+        return 0.0
+    if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
+        raise PrivacyError(f"warm start noise multiplier {noise_multiplier:g} gives no privacy")
+    return 1 / noise_multiplier
+
+
+Curve = Callable[[_Releases, Sequence[int], float], list[float]]
+
+
+def _first_that_answers(
+    name: str, curve: Curve, releases: _Releases, steps: Sequence[int], delta: float
+) -> tuple[list[float], str]:  # fmt: skip
+    """Values of the accountant, or of the next looser bound that answers, and what to say about it."""
+    if not steps:
+        return [], ""
+    bounds = {name: curve, "RDP": _rdp_curve, "the Gaussian mechanism without sampling": _gaussian_curve}
+    reason = ""
+    for bound, compute in bounds.items():
+        try:
+            values = compute(releases, steps, delta)
+        except Exception as error:  # whatever an accountant raises, the price must not be lost
+            reason = reason or f"{type(error).__name__}: {error}"
+            continue
+        if all(math.isfinite(value) and value >= 0 for value in values):
+            return values, f"{name} failed ({reason}), {bound} stands in" if bound != name else ""
+        reason = reason or "no finite answer"
+    raise PrivacyError(f"no accountant can price these releases: {reason}")
+
+
+def _gaussian_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[float]:
+    return [analytic_gaussian_epsilon(releases.mu_without_sampling(count), delta) for count in steps]
+
+
+def _pld_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[float]:
+    """Pessimistic privacy loss distributions (dp-accounting's "connect the dots"), composed on a grid.
+
+    Source: Doroshenko et al. 2022, https://arxiv.org/abs/2207.04380.
+    """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    _check_delta(delta)
+    # A coarser grid stays a bound; it keeps a run of epsilon 1000 within memory.
+    interval = PLD_INTERVAL * max(1.0, _rdp_curve(releases, steps[-1:], delta)[0] / 64)
+    with np.errstate(all="ignore"):
+        step = pld.from_gaussian_mechanism(
+            releases.noise_multiplier, sampling_prob=releases.sampling_rate, value_discretization_interval=interval
+        )
+        total = pld.identity(value_discretization_interval=interval)
+        if releases.mu:
+            total = pld.from_gaussian_mechanism(1 / releases.mu, value_discretization_interval=interval)
+        epsilons = []
+        block, block_steps = None, 0
+        for before, count in zip([0, *steps[:-1]], steps, strict=True):
+            if block is None or count - before != block_steps:
+                block_steps = count - before
+                block = step.self_compose(block_steps)
+            total = total.compose(block)
+            epsilons.append(float(total.get_epsilon_for_delta(delta)))
+    return epsilons
+
+
+def _prv_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[float]:
+    """Privacy random variables: the upper end of the error interval."""
+    return [upper for _, upper in _prv_intervals(releases, steps, delta, points=PRV_POINTS)]
+
+
+def _prv_estimate(releases: _Releases, steps: Sequence[int], delta: float) -> list[float]:
+    error = _nominal_error(releases, steps[-1], delta)
+    return [middle + error for middle, _ in _prv_intervals(releases, steps, delta, points=SEARCH_POINTS)]
+
+
+def _nominal_error(releases: _Releases, most: int, delta: float) -> float:
+    return min(PRV_EPSILON_ERROR, _rdp_curve(releases, [most], delta)[0] / 200)
+
+
+def _prv_intervals(
+    releases: _Releases, steps: Sequence[int], delta: float, *, points: int
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Estimate and upper bound after each count, with Opacus's machinery on a grid of at most about `points`.
+
+    Opacus's accountant divides by zero at q = 1, so the unsampled release enters as its exact variable,
+    a normal one. Source: Gopi et al. 2021, https://arxiv.org/abs/2106.02848.
+    """
+    from opacus.accountants.analysis import prv
+
+    _check_delta(delta)
+    delta_error = delta / 1000
+    most = steps[-1]
+    total = most + (releases.mu > 0)
+    # Remark 5.6 there, as Opacus has it: beyond `reach` neither the composition nor one release has mass.
+    alone = _Releases(releases.sampling_rate, releases.noise_multiplier, 0.0)
+    reach = 3 + max(
+        _rdp_curve(releases, [most], delta_error / 4)[0],
+        _rdp_curve(alone, [1], delta_error / (8 * total))[0],
+        analytic_gaussian_epsilon(releases.mu, delta_error / (8 * total)),
+    )
+    spread = math.sqrt(total * math.log(12 / delta_error) / 2)
+    mesh = max(_nominal_error(releases, most, delta) / spread, 2 * reach / points)
+    epsilon_error = mesh * spread
+    if epsilon_error > 0.5:
+        raise PrivacyError(f"the error of the accountant would be {epsilon_error:.2g}")
+    half = next_fast_len(math.ceil(reach / mesh) + 1, real=True)
+    domain = prv.Domain(-(half - 1) * mesh, half * mesh, 2 * half)
+    variables = [prv.PoissonSubsampledGaussianPRV(releases.sampling_rate, releases.noise_multiplier)]
+    if releases.mu:
+        variables.append(_GaussianPRV(releases.mu))
+    with np.errstate(all="ignore"):
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scipy's quadrature, where a density vanishes
+            discrete = [
+                prv.discretize(prv.TruncatedPrivacyRandomVariable(variable, domain.t_min, domain.t_max), domain)
+                for variable in variables
+            ]
+        intervals = []
+        for count in steps:
+            composed = prv.compose_heterogeneous(discrete, [count, 1][: len(discrete)])
+            _, middle, upper = composed.compute_epsilon(delta, delta_error, epsilon_error)
+            intervals.append((float(middle), float(upper)))
+    return intervals
+
+
+def _check_delta(delta: float) -> None:
+    if delta < SMALLEST_DELTA:
+        raise PrivacyError(f"delta {delta:.0e} is below the rounding of the accountant")
+
+
+class _GaussianPRV:
+    """Privacy loss of an unsampled Gaussian release: normal with mean mu^2 / 2 and standard deviation mu."""
+
+    def __init__(self, mu: float) -> None:
+        self.mu = mu
+
+    def cdf(self, loss: Any) -> Any:
+        return ndtr((loss - self.mu**2 / 2) / self.mu)
+
+
+def _rdp_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[float]:
+    """Renyi orders added up, then the smallest epsilon over orders.
+
+    Source: Mironov et al. 2019, https://arxiv.org/abs/1908.10530; conversion: Balle et al. 2020, theorem 21,
+    https://arxiv.org/abs/1905.09982.
+    """
+    one_step = _rdp_of_step(releases.sampling_rate, releases.noise_multiplier)
+    unsampled = ORDERS * releases.mu**2 / 2
+    conversion = np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
+    return [
+        max(0.0, float(np.min(count * one_step + unsampled + conversion))) if count or releases.mu else 0.0
+        for count in steps
+    ]
+
+
+@lru_cache(maxsize=64)
+def _rdp_of_step(sampling_rate: float, noise_multiplier: float) -> np.ndarray:
+    """`(len(ORDERS),)`; an order that cannot be computed is infinite, which only makes the bound looser."""
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    def at(order: float) -> float:
+        try:
+            return float(compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
+        except (ArithmeticError, ValueError):
+            return math.inf
+
+    with np.errstate(all="ignore"):
+        values = np.array([at(float(order)) for order in ORDERS])
+    return np.where(np.isnan(values), np.inf, values)
