@@ -28,7 +28,7 @@ from shared.models import (
     weights_digest,
 )
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
-from shared.moments import MomentFit, moment_size
+from shared.moments import MomentFit, moment_size, pooled_features
 from shared.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from shared.privacy.plan import PrivacyPlan
 from shared.prompts import PromptPool
@@ -68,10 +68,10 @@ class ServerTraining:
         """
         plan = replace(self.plan, noise_multiplier=self.plan.warm_start_noise_multiplier or 0.0, clipping_norm=MOMENT_NORM)
         noise_std = plan.noise_multiplier * plan.sensitivity(len(moments)) * replies**0.5
-        features = int(np.prod(self.discriminator.feature_shape))
         fit = MomentFit(
-            moments * plan.lattice, feature_count=features, embedding_dim=self.encoder.dim, noise_std=noise_std
-        )
+            moments * plan.lattice, feature_shape=self.discriminator.feature_shape,
+            embedding_dim=self.encoder.dim, noise_std=noise_std,
+        )  # fmt: skip
         settings = self.config.training
         views = 8  # pictures of one prompt in a step, in two independent halves
         for step in range(self.config.warm_start.steps):
@@ -81,7 +81,7 @@ class ServerTraining:
             conditioning = self.prompt_embeddings[picks]
             latents = self._latents(len(picks) * views, rng)
             images = self.generator(latents, conditioning.repeat_interleave(views, dim=0))
-            made = self.discriminator.features(images).flatten(1).view(len(picks), views, -1)
+            made = pooled_features(self.discriminator.features(images)).view(len(picks), views, -1)
             off = made - fit.expected_features(conditioning)[:, None]
             # The product of two independent halves is unbiased: it does not reward less variety.
             halves = off[:, : views // 2].mean(dim=1), off[:, views // 2 :].mean(dim=1)
@@ -97,7 +97,7 @@ class ServerTraining:
         return {"moment_directions": float(fit.directions_kept), "warm_start_loss": float(loss.detach())}
 
     def moment_size(self) -> int:
-        return moment_size(int(np.prod(self.discriminator.feature_shape)), self.encoder.dim)
+        return moment_size(self.discriminator.feature_shape, self.encoder.dim)
 
     def fake_bank(self, server_round: int) -> FakeBank:
         """Fakes for sites that take several local steps: `training.fakes` for each of them."""

@@ -138,7 +138,7 @@ class WarmStartConfig(Section):
     """One DP release of caption-conditioned moments before the first round."""
 
     enabled: bool = Field(False, description="Pre-train at the server from one moment release of each site.")
-    epsilon_share: float = Field(0.05, gt=0, lt=1, description="Part of target-epsilon that the release may spend.")
+    epsilon_share: float = Field(0.15, gt=0, lt=1, description="Part of target-epsilon that the release may spend.")
     steps: int = Field(100, ge=1, le=100_000, description="Generator steps on the released moments.")
 
 

@@ -1,9 +1,10 @@
 """The warm start's statistics: caption-conditioned moments of the fixed features, one bounded vector a record.
 
-A record with flattened features f (F values) and text t = (1, caption embedding) gives the vector
+A record with features f (F values) and text t = (1, caption embedding) gives the vector
 (f t^T, rho t t^T), divided by a public scale and clipped jointly to norm 1. It holds every statistic and,
 as the first entry of t t^T, the constant that stands for the record, so that all normalisers come from the
-noised constant (PRIVACY rule 26). The server reads from the noised sum what features to expect of a prompt.
+noised constant (PRIVACY rule 26). Features are first averaged over 2 x 2 cells: a quarter of the coordinates
+halves the noise against the signal. The server reads from the noised sum what features to expect of a prompt.
 """
 
 from __future__ import annotations
@@ -11,17 +12,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-# Public. Features are of the order of one half; records near this size are not clipped.
-FEATURE_RMS = 0.6
-TEXT_WEIGHT = 4.0  # rho, in units of FEATURE_RMS * sqrt(F) / sqrt(E + 1)
+# Public. Of the front end's features on natural pictures and shapes; records near this size are not clipped.
+FEATURE_RMS = 0.33
+TEXT_WEIGHT = 2.0  # rho, in units of FEATURE_RMS * sqrt(F) / sqrt(E + 1)
 CLIPPING_NORM = 1.0
 ROWS = 1000
 
 
-def moment_size(feature_count: int, embedding_dim: int) -> int:
-    """Length of the vector: F (E + 1) feature moments, then (E + 1)^2 text moments."""
-    return (feature_count + embedding_dim + 1) * (embedding_dim + 1)
+def pooled_features(features: Tensor) -> Tensor:
+    """`(B, h, w, c)` to `(B, F)`: averaged over 2 x 2 cells (`h` rounded up), flattened."""
+    side = (features.shape[1] + 1) // 2
+    return functional.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), side).flatten(1)
+
+
+def moment_size(feature_shape: tuple[int, ...], embedding_dim: int) -> int:
+    """Length of the vector for maps `(h, w, c)`: F (E + 1) feature moments, then (E + 1)^2 text moments."""
+    return (_feature_count(feature_shape) + embedding_dim + 1) * (embedding_dim + 1)
 
 
 def clipped_moment_sum(features: Tensor, captions: Tensor) -> Tensor:
@@ -33,12 +41,12 @@ def clipped_moment_sum(features: Tensor, captions: Tensor) -> Tensor:
     Returns:
         `(moment_size,)` float64. A record that is not finite contributes zero.
     """
-    count, feature_count, columns = len(features), features.shape[1:].numel(), captions.shape[1] + 1
-    scale, rho = _public_scales(feature_count, columns)
-    of_features = torch.zeros(feature_count, columns, dtype=torch.float64)
+    size, columns = _feature_count(tuple(features.shape[1:])), captions.shape[1] + 1
+    scale, rho = _public_scales(size, columns)
+    of_features = torch.zeros(size, columns, dtype=torch.float64)
     of_text = torch.zeros(columns, columns, dtype=torch.float64)
-    for start in range(0, count, ROWS):
-        f = features[start : start + ROWS].flatten(1).float().cpu() / scale
+    for start in range(0, len(features), ROWS):
+        f = pooled_features(features[start : start + ROWS].float()).cpu() / scale
         t = torch.cat([torch.ones(len(f), 1), captions[start : start + ROWS].float().cpu()], dim=1)
         text = t.square().sum(dim=1)
         norms = (text * f.square().sum(dim=1) + (rho / scale * text).square()).sqrt()
@@ -54,14 +62,17 @@ class MomentFit:
 
     Args:
         total: `(moment_size,)` float64, the sum over all sites.
+        feature_shape: of the discriminator's map, `(h, w, c)`.
         noise_std: of each coordinate of `total`, over all sites; 0 without privacy.
     """
 
-    def __init__(self, total: np.ndarray, *, feature_count: int, embedding_dim: int, noise_std: float) -> None:
-        columns = embedding_dim + 1
-        scale, rho = _public_scales(feature_count, columns)
-        of_features = torch.from_numpy(total[: feature_count * columns]).view(feature_count, columns)
-        of_text = torch.from_numpy(total[feature_count * columns :]).view(columns, columns) * (scale / rho)
+    def __init__(
+        self, total: np.ndarray, *, feature_shape: tuple[int, ...], embedding_dim: int, noise_std: float
+    ) -> None:  # fmt: skip
+        features, columns = _feature_count(feature_shape), embedding_dim + 1
+        scale, rho = _public_scales(features, columns)
+        of_features = torch.from_numpy(total[: features * columns]).view(features, columns)
+        of_text = torch.from_numpy(total[features * columns :]).view(columns, columns) * (scale / rho)
         of_text = (of_text + of_text.t()) / 2
         text_noise = noise_std * scale / rho
         values, directions = torch.linalg.eigh(of_text)
@@ -71,19 +82,24 @@ class MomentFit:
             kept[-1] = True
         values, directions = values[kept].clamp(min=1e-9), directions[:, kept]
         left, singular, right = torch.linalg.svd(of_features @ directions, full_matrices=False)
-        floor = noise_std * (feature_count**0.5 + len(values) ** 0.5)
+        floor = noise_std * (features**0.5 + len(values) ** 0.5)
         self.directions_kept = int((singular > floor).sum())
         singular = torch.where(singular > floor, singular, 0)
         regression = (left * singular) @ right / values @ directions.t() * scale
         self.regression = regression.float()  # (F, E + 1)
 
     def expected_features(self, conditioning: Tensor) -> Tensor:
-        """Mean features `(B, F)` that real images with the captions of `conditioning` `(B, E)` have."""
+        """Mean pooled features `(B, F)` that real images with the captions of `conditioning` `(B, E)` have."""
         return conditioning @ self.regression[:, 1:].t() + self.regression[:, 0]
 
 
-def _public_scales(feature_count: int, columns: int) -> tuple[float, float]:
+def _feature_count(feature_shape: tuple[int, ...]) -> int:
+    side = (feature_shape[0] + 1) // 2
+    return side * side * feature_shape[2]
+
+
+def _public_scales(features: int, columns: int) -> tuple[float, float]:
     """(scale of the vector, rho): the typical record has norm about 1 after division by the scale."""
-    rho = TEXT_WEIGHT * FEATURE_RMS * (feature_count / columns) ** 0.5
-    scale = float((2 * FEATURE_RMS**2 * feature_count + (2 * rho) ** 2) ** 0.5)
+    rho = TEXT_WEIGHT * FEATURE_RMS * (features / columns) ** 0.5
+    scale = float((2 * FEATURE_RMS**2 * features + (2 * rho) ** 2) ** 0.5)
     return scale, rho
