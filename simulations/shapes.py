@@ -66,10 +66,10 @@ def make_shapes(
     """Writes `count` pictures of kinds drawn evenly, their captions and the prompts to the new `folder`.
 
     Raises:
-        DataError: `folder` is there already, or cannot be written.
+        DataError: `folder` is there already, or cannot be written, or there is nothing to draw.
     """
-    assert count >= 1
-    assert image_size >= 8
+    if count < 1 or image_size < 8:
+        raise DataError(f"{count} pictures of {image_size} pixels cannot be", hint="at least 1 of at least 8 pixels")
     try:
         with whole_folder(folder) as draft:
             if draft is None:

@@ -1,7 +1,8 @@
 """Rows of a captions file: `.csv`, `.tsv` (both quoted as spreadsheets write them) or `.jsonl`, UTF-8.
 
 A damaged row costs itself, not its neighbours: a quote that never closes, bytes that are not UTF-8, a line that is
-no JSON. Messages name lines and columns that we expect, never what the file holds: a file without a header has a
+no JSON. (A quote left open right before a cell that is quoted and begins with a line break stays unnoticed: that is
+well-formed.) Messages name lines and columns that we expect, never what the file holds: a file without a header has a
 caption in its first line.
 """
 
