@@ -1,13 +1,14 @@
 """Do the running modules come from one release, in one folder?
 
 Flower loads `client.app` and `server.app` by bare name, and Ray's workers look for them where their
-process happened to start: another checkout on the path answers in our place without any error.
-Both apps call `check_same_tree(__file__)` when they are imported, before they answer anything.
+process happened to start: another checkout on the path answers in our place without any error. Both apps
+call `check_same_tree(__file__)` when they are imported, before they answer anything.
 Not covered: a file edited inside the folder, and code that never calls the check.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tomllib
 from pathlib import Path
@@ -39,6 +40,15 @@ def check_same_tree(file: str) -> Path:
         if version != __version__:
             raise _mixed(f"{project} is of version {version}, the code of {__version__}")
     return root
+
+
+def code_digest(root: Path) -> str:
+    """SHA-256 over what a site runs: names and contents of all Python files of `client` and `shared`."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in ("client", "shared") for path in (root / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _mixed(fact: str) -> FederationError:

@@ -13,7 +13,7 @@ import pytest
 import shared.tree
 from shared import __version__
 from shared.errors import FederationError
-from shared.tree import check_same_tree
+from shared.tree import check_same_tree, code_digest
 
 RELEASE = Path(__file__).resolve().parents[1]
 
@@ -68,3 +68,14 @@ def copy_release(folder: Path, *, version: str | None) -> None:
 def check_in(folder: Path) -> subprocess.CompletedProcess[str]:
     code = "import shared.tree as tree; print(tree.check_same_tree(tree.__file__))"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_digest_of_the_code_follows_its_content_and_not_its_place(tmp_path: Path):
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        for package in ("client", "shared"):
+            shutil.copytree(RELEASE / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folders[2] / "client/site.py").write_text("# another release\n")
+    first, second, third = map(code_digest, folders)
+    assert first == second == code_digest(RELEASE)
+    assert first != third

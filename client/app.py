@@ -1,0 +1,90 @@
+"""Flower's ClientApp: decode, `Site.answer`, encode. No learning here, and no exception leaves.
+
+A handler that returned `None` would hang its node for ever, and Flower sends exception text in clear; so
+every path ends in a reply, and one that went wrong in a refusal code. Loads nothing of `server`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client.site import SETTINGS, Site, SiteRefusal, log_exception, open_site
+from shared.errors import ConfigError, FederationError, ProtocolError
+from shared.records import MESSAGE_TYPES, Refusal, RefusalCode, SiteReply, decode_instruction, encode_reply
+from shared.tree import check_same_tree, code_digest
+
+RELEASE = code_digest(check_same_tree(__file__))
+
+
+def make_app(site_dirs: Sequence[Path] | None = None) -> ClientApp:
+    """The app.
+
+    Args:
+        site_dirs: of a simulation, by partition id. Without them the node's own `site-dir` names the one
+            site, or, in Flower's simulation, `simulation.sites` the folder that holds them all.
+    """
+    folders = None if site_dirs is None else tuple(str(path.resolve()) for path in site_dirs)
+    # Ray pickles the app: functions by name, these arguments by value. A worker that finds other code under
+    # our names, which Flower would run without a word, sees it by `release`.
+    handle = partial(answer, site_dirs=folders, release=RELEASE)
+    app = ClientApp()
+    app.train()(handle)
+    app.train("moments")(handle)
+    app.evaluate()(handle)  # refused as out of place; unregistered, it would answer with exception text
+    app.query()(handle)
+    return app
+
+
+def answer(message: Message, context: Context, *, site_dirs: tuple[str, ...] | None, release: str) -> Message:
+    """Always a reply: the site's, or its refusal."""
+    folder: Path | None = None
+    site: Site | None = None
+    reply: SiteReply | Refusal
+    try:
+        folder, simulated = _find_site(context, site_dirs)
+        if release != RELEASE:
+            raise FederationError(f"the run was started by other code than {Path(__file__).parents[1]} holds")
+        site = open_site(folder, simulated=simulated)
+        instruction = decode_instruction(message.content)
+        if MESSAGE_TYPES[instruction.kind] != message.metadata.message_type:
+            raise ProtocolError(f"an instruction of kind '{instruction.kind}' came as another message type")
+        reply = site.answer(instruction)
+    except SiteRefusal as refusal:
+        reply = _refuse(refusal.code, site, folder)
+        if site:
+            site.log(f"refused ({refusal.code}): {refusal.reason}")
+    except ProtocolError as error:
+        reply = _refuse(RefusalCode.MESSAGE, site, folder, error)
+    except FederationError as error:
+        reply = _refuse(RefusalCode.RELEASE, site, folder, error)
+    except Exception as error:
+        reply = _refuse(RefusalCode.SITE, site, folder, error)
+    return Message(encode_reply(reply), reply_to=message)
+
+
+def _refuse(code: RefusalCode, site: Site | None, folder: Path | None, error: Exception | None = None) -> Refusal:
+    if error is not None and folder is not None:
+        log_exception(folder, error)
+    return Refusal(site.site_id if site else "", code)
+
+
+def _find_site(context: Context, site_dirs: tuple[str, ...] | None) -> tuple[Path, bool]:
+    """(folder, simulated). The node's own setting wins: no message can point a deployed site elsewhere."""
+    own = context.node_config.get("site-dir")
+    if own is not None:
+        return Path(str(own)), False
+    place = int(context.node_config["partition-id"])
+    if site_dirs is None:
+        sites = Path(str(context.run_config.get("simulation.sites") or ""))
+        site_dirs = tuple(str(path.parent) for path in sorted(sites.glob(f"*/{SETTINGS}")))
+    if place >= len(site_dirs):
+        raise ConfigError(f"there is no site for partition {place}")
+    return Path(site_dirs[place]), True
+
+
+app = make_app()

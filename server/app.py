@@ -1,0 +1,89 @@
+"""Flower's ServerApp: opens the run directory, builds what trains, hands over to the round loop.
+
+`make_app` serves a run directory that the caller made; the module's own `app` is for `flwr run`, which names
+it, the sites and the prompts in the run config. Sees released sums and public prompts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from shared.prompts import PromptPool
+from shared.text import build_encoder
+
+from server.rounds import Outcome, run_rounds
+from server.training import ServerTraining
+from shared.config import RunConfig, Scalar
+from shared.errors import ConfigError
+from shared.observer import Observer, SilentObserver
+from shared.privacy.plan import make_plan
+from shared.rundir import RunDirectory
+from shared.tree import check_same_tree
+
+HOME = check_same_tree(__file__)
+
+# Keys of `[tool.flwr.app.config]` beside the settings of `RunConfig`: where things are on this machine.
+PLACES = {
+    "simulation.run-dir": "the run directory: made, or resumed where it exists",
+    "simulation.sites": "the folder that holds one folder a site",
+    "simulation.prompts": "the file of public prompts",
+}
+
+
+def serve(grid: Grid, rundir: RunDirectory, observer: Observer) -> Outcome:
+    """Every round that `rundir` does not hold yet, then the released model beside them."""
+    config, prompts = rundir.config, PromptPool(rundir.prompts)
+    plan, encoder = make_plan(config), build_encoder(config.text)
+    training = ServerTraining(config, plan, prompts, encoder)
+    outcome = run_rounds(
+        grid, config=config, plan=plan, training=training, rundir=rundir, prompts=prompts, observer=observer
+    )
+    card = {
+        "encoder_fingerprint": encoder.fingerprint,
+        "weights_digest": outcome.digest,
+        "entropy": rundir.entropy,
+        "plan": plan.to_dict(),
+        "spent": plan.spent(outcome.steps_charged, warm_start=config.warm_start.enabled).to_dict(),
+    }
+    rundir.save_model(
+        generator=training.ema_generator.state_dict(), discriminator=training.discriminator.state_dict(), card=card
+    )
+    return outcome
+
+
+def make_app(rundir: RunDirectory, observer: Observer, done: Callable[[Outcome], None]) -> ServerApp:
+    """An app that serves `rundir` and hands the outcome to `done`."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        done(serve(grid, rundir, observer))
+
+    return app
+
+
+def open_run(run_config: Mapping[str, Scalar]) -> RunDirectory:
+    """The run that Flower's flat run config asks for; `ConfigError` where a place or a setting is wrong."""
+    settings = {key: value for key, value in run_config.items() if key not in PLACES and value != ""}
+    config = RunConfig.from_flat(settings, origin="run config")
+    places = {key: str(run_config.get(key) or "") for key in PLACES}
+    for key, meaning in PLACES.items():
+        if not places[key]:
+            raise ConfigError(f"run config: '{key}' is missing", hint=f"name {meaning} with --run-config")
+    path = Path(places["simulation.run-dir"])
+    prompts = PromptPool.from_file(Path(places["simulation.prompts"]))
+    if RunDirectory.exists(path):
+        return RunDirectory.resume(path, config=config, prompts=prompts.texts)
+    return RunDirectory.create(path, config=config, prompts=prompts.texts, entropy="seeded")
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    with open_run(context.run_config) as rundir:
+        serve(grid, rundir, SilentObserver())
