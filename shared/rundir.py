@@ -521,6 +521,7 @@ def load_model(path: Path) -> GeneratorModel:
         content = (folder / "generator.safetensors").read_bytes()
         intact = hashlib.sha256(content).hexdigest() == card["files"]["generator.safetensors"]
         config = RunConfig.from_table(card["config"], origin=str(folder / "model.json"))
+        config = config.replaced({"compute.device": "cpu"})  # a picture is the same wherever it is drawn
         prompts, fingerprint = tuple(card["prompts"]), str(card["encoder_fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"the model in {folder} cannot be read: {error}") from None

@@ -1,0 +1,131 @@
+"""`fedcanvas generate` and `fedcanvas report`: what a finished run gives to people.
+
+Both read a run directory and look at no site's data. Not here: how pictures and pages are made
+(`server.evaluation`, `server.report`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shared.cli import new_app, say
+from shared.errors import UsageError
+
+MOST_PICTURES = 100_000
+SLUG_CHARACTERS = 60
+
+
+@new_app
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", hidden=True)] = None,
+    model: Annotated[
+        Path, typer.Option(help="A finished run directory, or its folder `model`.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; made when it is not there.")] = Path("pictures"),
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="A file of prompts, one a line.", show_default=False)
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=MOST_PICTURES, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another seed, other pictures.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Draw pictures of each PROMPT with the model of a finished run.
+
+    Writes one PNG a picture, named by prompt and number, and a contact sheet. Picture number i of a prompt depends
+    on the seed and i alone: a larger --n only adds to the others.
+    """
+    from server.evaluation import pictures
+    from server.sheet import SheetCell, contact_sheet
+    from shared.data.encoding import encode_png
+    from shared.prompts import PromptPool, clean_prompt
+    from shared.rundir import load_model, to_json, write_whole
+
+    asked = [clean_prompt(prompt) for prompt in prompts or []]
+    if prompts_file is not None:
+        asked += PromptPool.from_file(prompts_file).texts
+    asked = list(dict.fromkeys(asked))
+    if not asked:
+        raise UsageError("no prompt", hint='for example: fedcanvas generate "a large red circle" --model runs/a')
+    if len(asked) * n > MOST_PICTURES:
+        raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
+    released = load_model(model)
+    known = set(released.prompts)
+    unknown = [prompt for prompt in asked if prompt not in known]
+    if unknown:
+        say(f"note: {len(unknown)} of {len(asked)} prompts were not among the {len(known)} it was trained on")
+
+    made: list[dict[str, Any]] = []
+    cells = []
+    for prompt, name in zip(asked, _names(asked), strict=True):
+        images = pictures(released, [prompt] * n, seed=seed, indices=range(n))
+        files = [out / f"{name}-{index:03d}.png" for index in range(n)]
+        for file, image in zip(files, images, strict=True):
+            _write(file, encode_png(image))
+        made.append({"prompt": prompt, "files": [str(file) for file in files]})
+        cells.append(SheetCell(prompt, images[:16]))
+    sheet = out / "sheet.png"
+    epsilon = released.card.get("spent", {}).get("epsilon")
+    privacy = f"epsilon {float(epsilon):.3g} per site" if epsilon is not None else ""
+    write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=[privacy] if privacy else []))
+    if as_json:
+        result = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}
+        typer.echo(to_json(result).decode(), nl=False)
+    else:
+        typer.echo(f"{len(asked) * n} pictures in {out}, all on one sheet: {sheet}")
+
+
+@new_app
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", hidden=True)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write.  [default: report.html in the run directory]", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Write one HTML file about RUN, a run directory: curves, samples over rounds, epsilon, settings.
+
+    The file needs no network. The run may still be going on.
+    """
+    from server.report import report_html
+    from shared.rundir import RunDirectory, write_whole
+
+    opened = RunDirectory.open(run)
+    file = write_whole(out or run / "report.html", report_html(opened).encode())
+    typer.echo(json.dumps({"run": str(run), "report": str(file)}) if as_json else f"{file}: open it in a browser")
+
+
+def _write(file: Path, content: bytes) -> None:
+    from shared.rundir import write_whole
+
+    # Thousands of small files: each whole, but not each flushed to the disk on its own.
+    write_whole(file, content, durable=False)
+
+
+def _names(prompts: list[str]) -> list[str]:
+    """A file name for each prompt: readable, and different also where only punctuation differs."""
+    slugs = [_slug(prompt) for prompt in prompts]
+    return [
+        slug if slugs.count(slug) == 1 and slug != "prompt" else f"{slug}-{_short_digest(prompt)}"
+        for slug, prompt in zip(slugs, prompts, strict=True)
+    ]
+
+
+def _slug(prompt: str) -> str:
+    """Letters and digits of any script, joined by dashes: no separator, dot or control character gets into a name."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt).casefold())
+    slug = "-".join(words)
+    while len(slug.encode()) > SLUG_CHARACTERS:
+        slug = slug[:-1]
+    return slug.strip("-") or "prompt"
+
+
+def _short_digest(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:8]

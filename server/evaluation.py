@@ -1,0 +1,116 @@
+"""Pictures and figures of what was learned, from public prompts and a public reference set: they cost no privacy.
+
+Not here: a look at any site's images, and the choice between models (PRIVACY rule 16).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from server.sheet import SheetCell, contact_sheet
+from server.training import ServerTraining, sample
+from shared.config import RunConfig
+from shared.data import ImageCaptionDataset
+from shared.errors import DataError
+from shared.metrics import METRICS
+from shared.rundir import GeneratorModel, RunDirectory
+
+SAMPLE_SEED = 0  # of pictures that are shown; the same latents in every sheet, so that rounds can be compared
+SHEET_PROMPTS, SHEET_GENERATED, SHEET_REAL = 24, 4, 2
+ROUND_PROMPTS, ROUND_GENERATED = 12, 4
+
+
+def write_samples(training: ServerTraining, rundir: RunDirectory, server_round: int) -> Path:
+    """`samples/round-00050.png`: a dozen prompts, four pictures each, always with the same latents."""
+    prompts = shown_prompts(rundir.prompts, ROUND_PROMPTS)
+    images = training.samples(
+        [prompt for prompt in prompts for _ in range(ROUND_GENERATED)], seed=SAMPLE_SEED,
+        indices=list(range(len(prompts) * ROUND_GENERATED)),
+    )  # fmt: skip
+    cells = [
+        SheetCell(prompt, images[place * ROUND_GENERATED : (place + 1) * ROUND_GENERATED])
+        for place, prompt in enumerate(prompts)
+    ]
+    sheet = contact_sheet(cells, title=f"round {server_round} of {rundir.config.federation.rounds}")
+    return rundir.write_bytes(rundir.sample_name(server_round), sheet)
+
+
+def final_sheet(model: GeneratorModel, reference: ImageCaptionDataset | None, *, title: str, notes: list[str]) -> bytes:
+    """The sheet of a finished run: generated pictures, and beside them real ones of the public reference set."""
+    places: dict[str, list[int]] = {}
+    if reference is not None:
+        for row, captions in enumerate(reference.captions):
+            for caption in captions:
+                places.setdefault(caption, []).append(row)
+    prompts = shown_prompts(model.prompts, SHEET_PROMPTS)
+    images = pictures(
+        model, [prompt for prompt in prompts for _ in range(SHEET_GENERATED)], seed=SAMPLE_SEED,
+        indices=range(len(prompts) * SHEET_GENERATED),
+    )  # fmt: skip
+    cells = []
+    for place, prompt in enumerate(prompts):
+        rows = places.get(prompt, [])[:SHEET_REAL]
+        real = reference.images[rows] if reference is not None and rows else None
+        cells.append(SheetCell(prompt, images[place * SHEET_GENERATED : (place + 1) * SHEET_GENERATED], real))
+    if any(cell.real is not None for cell in cells):
+        notes = ["left of the line generated, right of it real pictures of the public reference set", *notes]
+    return contact_sheet(cells, title=title, notes=notes)
+
+
+def measure(
+    model: GeneratorModel, reference: ImageCaptionDataset, *, cache_dir: Path | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Every metric that the reference set allows, by name; a text with the reason where it does not.
+
+    `evaluation.samples` pictures, evenly over the public prompts.
+    """
+    count = model.config.evaluation.samples
+    asked = [model.prompts[place % len(model.prompts)] for place in range(count)]
+    images: np.ndarray | None = None
+    figures: dict[str, Any] = {}
+    for name in METRICS.names():
+        try:
+            metric = METRICS.get(name).prepare(reference, cache_dir=cache_dir, progress=progress)
+            if images is None:
+                # Other latents than those on the sheet, so that the figure is not about the pictures shown.
+                images = pictures(model, asked, seed=SAMPLE_SEED + 1, indices=range(count))
+            figures[name] = metric.measure(images, asked)
+        except DataError as error:
+            figures[name] = {"not_measured": error.message}
+    return figures
+
+
+def pictures(model: GeneratorModel, prompts: Sequence[str], *, seed: int, indices: Sequence[int]) -> np.ndarray:
+    """`(N, H, W, C)` uint8: prompt i with the latents of (seed, indices[i])."""
+    different = list(dict.fromkeys(prompts))
+    rows = {prompt: row for row, prompt in enumerate(different)}
+    embeddings = model.encoder.encode(different)[[rows[prompt] for prompt in prompts]]
+    return sample(model.generator, embeddings.to(model.config.compute.device), seed=seed, indices=indices)
+
+
+def shown_prompts(prompts: Sequence[str], count: int) -> list[str]:
+    """At most `count` of them, in their order, chosen by their SHA-256: an even step could miss a whole colour."""
+    chosen = set(sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count])
+    return [prompt for prompt in prompts if prompt in chosen]
+
+
+def accuracy_rows(figures: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
+    """(attribute, generated, real, chance) of the caption accuracy, "all" last; empty where it was not measured."""
+    accuracy = figures.get("caption-accuracy", {})
+    return [
+        (name, value, accuracy["held_out_real"][name], accuracy["chance"][name])
+        for name, value in accuracy.get("accuracy", {}).items()
+    ]
+
+
+def described(config: RunConfig) -> str:
+    """One line on who took part and at what privacy was aimed."""
+    federation, privacy = config.federation, config.privacy
+    sites = f"{federation.sites} site{'s' if federation.sites > 1 else ''}"
+    aim = "no privacy" if privacy.name == "none" else f"target epsilon {privacy.target_epsilon:g}"
+    return f"{sites}, {federation.rounds} rounds, {aim}"

@@ -1,0 +1,145 @@
+"""Contact sheets: prompts under their pictures, generated ones beside real ones of a public reference set.
+
+One PNG, readable as it is: small pictures are enlarged by whole factors, so that every pixel stays square.
+Never given a site's images: real pictures come from the public reference set only.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared.data.encoding import encode_png, write_words
+
+SIDE = 64  # a picture is enlarged to about this many pixels
+GAP = 4
+MARGIN = 16
+DOTS = 100  # per inch
+FONT_PIXELS = 13
+LETTER = 7.1  # pixels of an average one
+LINE = 18  # from one line of text to the next
+MOST_COLUMNS = 4
+TARGET_WIDTH = 1330
+BETWEEN = 14  # generated | real
+
+
+@dataclass(frozen=True)
+class SheetCell:
+    """One prompt with its pictures.
+
+    Attributes:
+        generated: `(n, H, W, C)` uint8.
+        real: `(m, H, W, C)` uint8 of the reference set; `None` or empty where it has none.
+    """
+
+    prompt: str
+    generated: np.ndarray
+    real: np.ndarray | None = None
+
+
+def contact_sheet(cells: Sequence[SheetCell], *, title: str, notes: Sequence[str] = ()) -> bytes:
+    """A PNG of all cells in reading order, `title` and `notes` above them."""
+    assert cells
+    side = cells[0].generated.shape[1]
+    scale = max(1, round(SIDE / side))
+    step = side * scale + GAP
+    generated = max(len(cell.generated) for cell in cells)
+    real = max(0 if cell.real is None else len(cell.real) for cell in cells)
+    cell_width = (generated + real) * step + (BETWEEN if real else 0)
+    columns = max(1, min(MOST_COLUMNS, len(cells), TARGET_WIDTH // (cell_width + MARGIN)))
+    width = max(columns * (cell_width + MARGIN) + MARGIN, 480)
+    lines = [wrapped(cell.prompt, int(cell_width / LETTER)) for cell in cells]
+    notes = [piece for note in notes for piece in wrapped(note, int((width - 2 * MARGIN) / LETTER), most=3)]
+    # Each row is as high as its longest prompt needs.
+    tops = [MARGIN + LINE + 12 + LINE * len(notes)]
+    for start in range(0, len(cells), columns):
+        tops.append(tops[-1] + step + LINE * max(map(len, lines[start : start + columns])) + MARGIN)
+    canvas = np.full((tops[-1] + MARGIN // 2, width, 3), 255, np.uint8)
+    words = [(title, MARGIN, MARGIN + 14, True)]
+    words += [(note, MARGIN, MARGIN + 18 + LINE * (place + 1), False) for place, note in enumerate(notes)]
+    for place, (cell, text) in enumerate(zip(cells, lines, strict=True)):
+        top, left = tops[place // columns], MARGIN + place % columns * (cell_width + MARGIN)
+        after = left + generated * step + BETWEEN
+        for number, image in enumerate(cell.generated):
+            _paste(canvas, image, scale, top=top, left=left + number * step)
+        for number, image in enumerate(() if cell.real is None else cell.real):
+            _paste(canvas, image, scale, top=top, left=after + number * step)
+        if real:
+            canvas[top : top + step - GAP, after - (BETWEEN + GAP) // 2] = 150  # the line between the two
+        words += [(part, left, top + step + LINE * (line + 1) - 6, False) for line, part in enumerate(text)]
+    return encode_png(_with_words(canvas, words))
+
+
+def wrapped(text: str, characters: int, *, most: int = 2) -> list[str]:
+    """`text` in at most `most` lines of about `characters` Latin characters; what is left over becomes an ellipsis."""
+    lines = [""]
+    for word in _breakable(text):
+        if _columns(lines[-1] + word.rstrip()) <= characters or not lines[-1]:
+            lines[-1] += word
+        else:
+            lines.append(word.lstrip())
+    lines = [piece for line in lines for piece in _chopped(line.strip(), characters)]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1][: max(1, characters - 1)].rstrip() + "…"]
+    return lines
+
+
+def _breakable(text: str) -> list[str]:
+    """Words with the blank after them; scripts without blanks break anywhere."""
+    parts: list[str] = []
+    for character in " ".join(text.split()):
+        wide = unicodedata.east_asian_width(character) in "WF"
+        if not parts or wide or parts[-1].endswith(" ") or unicodedata.east_asian_width(parts[-1][-1]) in "WF":
+            parts.append(character)
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _chopped(line: str, characters: int) -> list[str]:
+    return [line[start : start + characters] for start in range(0, max(1, len(line)), max(1, characters))]
+
+
+def _columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _paste(canvas: np.ndarray, image: np.ndarray, scale: int, *, top: int, left: int) -> None:
+    large = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    canvas[top : top + large.shape[0], left : left + large.shape[1]] = large  # grey spreads over three channels
+
+
+def _with_words(canvas: np.ndarray, words: Sequence[tuple[str, int, int, bool]]) -> np.ndarray:
+    """`canvas` with (text, left, baseline, bold). Matplotlib shapes scripts; OpenCV has the letters that it lacks."""
+    from matplotlib import font_manager
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ft2font import FT2Font
+
+    known = FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    height, width = canvas.shape[:2]
+    figure = Figure(figsize=(width / DOTS, height / DOTS), dpi=DOTS, facecolor="white")
+    figure.figimage(canvas, 0, 0, origin="upper")
+    lacking = []
+    for text, left, baseline, bold in words:
+        text = "".join(character if character.isprintable() else "�" for character in text)
+        if all(ord(character) in known for character in text):
+            figure.text(
+                left / width, 1 - baseline / height, text, fontsize=FONT_PIXELS * 72 / DOTS,
+                fontweight="bold" if bold else "normal", family="DejaVu Sans", parse_math=False,
+            )  # fmt: skip
+        else:
+            lacking.append((text, left, baseline))
+    drawing: Any = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that no font has is drawn as a box
+        drawing.draw()
+    pixels = np.ascontiguousarray(np.asarray(drawing.buffer_rgba())[:, :, :3])
+    for text, left, baseline in lacking:
+        write_words(pixels, text, left=left, baseline=baseline, pixels=FONT_PIXELS)
+    return pixels
