@@ -190,14 +190,24 @@ def draw_batch(
             features = discriminator.features(flat).unflatten(0, views.shape[:2])
     places = {text: place for place, text in enumerate(prompts.texts)}
     caption_rows = [records.caption_rows[i][rng.integers(len(records.caption_rows[i]))] for i in chosen]
+    captions = records.embeddings[torch.tensor(caption_rows, dtype=torch.long)]
     own = np.array([places.get(records.captions[row], -1) for row in caption_rows], dtype=np.int64)
     # Uniform over the public prompts other than the record's own caption, where that is one of them.
     others = np.maximum(len(prompts) - (own >= 0), 1)
     wrong = (rng.random(len(chosen)) * others).astype(np.int64)
     wrong += (own >= 0) & (wrong >= own) & (len(prompts) > 1)
+    near = np.flatnonzero(rng.random(len(chosen)) < config.discriminator.near_prompt_share)
+    if len(near) and len(prompts) > 2:
+        # Prompts that differ from the caption in one word teach what random ones, wrong in every word, do not.
+        likeness = captions[torch.from_numpy(near)] @ prompt_embeddings.t()  # (near, P)
+        known = own[near] >= 0
+        likeness[torch.from_numpy(np.flatnonzero(known)), torch.from_numpy(own[near][known])] = -torch.inf
+        count = min(config.discriminator.near_prompts, len(prompts) - 1)
+        nearest = likeness.topk(count, dim=1).indices.cpu().numpy()
+        wrong[near] = nearest[np.arange(len(near)), rng.integers(count, size=len(near))]
     return PrivateBatch(
         features=features,
-        captions=records.embeddings[torch.tensor(caption_rows, dtype=torch.long)],
+        captions=captions,
         wrong_prompts=prompt_embeddings[torch.from_numpy(wrong)],
     )
 

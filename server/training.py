@@ -135,7 +135,8 @@ class ServerTraining:
             update = total * (UPDATE_LATTICE / replies)
             load_flat_parameters(self.discriminator, flat_parameters(self.discriminator) + update)
         set_learning_rate(self.generator_optimizer, config.generator_optimizer, server_round, config.federation.rounds)
-        self.credit += self.ladder[self.rung]
+        if server_round > config.training.lead_rounds:
+            self.credit += self.ladder[self.rung]
         losses: list[float] = []
         while self.credit >= 1 - 1e-9:
             self.credit -= 1

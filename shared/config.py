@@ -95,10 +95,14 @@ class FederationConfig(Section):
 
 class DiscriminatorConfig(Section):
     name: str = Field("front", description="An entry of DISCRIMINATORS: front, conv, toy.")
-    width: int = Field(48, ge=4, le=512, description="Channels of the first layer.")
-    hidden: int = Field(128, ge=8, le=2048, description="Units before the projection on the text.")
+    width: int = Field(64, ge=4, le=512, description="Channels of the deepest convolution.")
+    hidden: int = Field(64, ge=8, le=2048, description="Units before the projection on the text.")
     loss: str = Field("non-saturating", description="An entry of LOSSES: non-saturating, hinge.")
     wrong_prompt_weight: float = Field(0.5, ge=0, le=10, description="Weight of (same image, wrong public prompt).")
+    near_prompt_share: float = Field(
+        0.0, ge=0, le=1, description="Part of the wrong prompts that is drawn among those nearest to the caption."
+    )
+    near_prompts: int = Field(10, ge=1, le=1000, description="How many public prompts count as nearest.")
 
 
 class GeneratorConfig(Section):
@@ -110,7 +114,7 @@ class GeneratorConfig(Section):
 
 class OptimizerConfig(Section):
     name: str = Field("adam", description="An entry of OPTIMIZERS: adam, adamw, rmsprop.")
-    learning_rate: float = Field(2e-3, gt=0, le=1, description="After the warm-up, before the fall.")
+    learning_rate: float = Field(4e-3, gt=0, le=1, description="After the warm-up, before the fall.")
     beta1: float = Field(0.5, ge=0, lt=1, description="Momentum of the gradient (rmsprop: momentum).")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the squared gradient.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Part of each weight removed a step, times the rate.")
@@ -129,6 +133,7 @@ class TrainingConfig(Section):
     low_accuracy: float = Field(0.6, ge=0, le=1, description="Below: one rung towards more discriminator steps.")
     high_accuracy: float = Field(0.98, ge=0, le=1, description="Above: one rung towards more generator steps.")
     grace: int = Field(10, ge=0, description="Generator steps before the ladder moves again.")
+    lead_rounds: int = Field(10, ge=0, description="First rounds without generator steps: the discriminator leads.")
     mode_seeking_weight: float = Field(0.0, ge=0, le=100, description="Weight of the mode-seeking term.")
     mode_seeking_cap: float = Field(0.25, gt=0, le=10, description="Ratio beyond which it asks for no more variety.")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="Largest decay of the generator's moving average.")

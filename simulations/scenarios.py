@@ -27,6 +27,7 @@ class Scenario:
         data: what `--data` must hold, in words.
         minutes: of training on two quiet cores, measured.
         prompts: public prompts that the scenario itself ships; empty when they lie beside the data.
+        shapes: how many captioned shapes are made when no `--data` is given; 0 where data must be given.
     """
 
     name: str
@@ -35,16 +36,18 @@ class Scenario:
     minutes: float
     config: Callable[[], RunConfig]
     prompts: tuple[str, ...] = field(default=())
+    shapes: int = 0
 
 
 def demo() -> RunConfig:
     return RunConfig.from_table(
         {
-            "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.1024, "clipping-norm": 15.0},
+            "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.1024, "clipping-norm": 12.0},
             "federation": {"sites": 4, "rounds": 400, "published-records": 20_000},
-            "discriminator-optimizer": {"final-fraction": 0.1},
+            "discriminator-optimizer": {"final-fraction": 0.2},
             "generator": {"width": 24},
-            "generator-optimizer": {"final-fraction": 0.1},
+            "generator-optimizer": {"final-fraction": 0.2},
+            "warm-start": {"enabled": True, "steps": 80},
         }
     )
 
@@ -82,9 +85,13 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario(
-            "demo", "captioned shapes over four sites, epsilon 8", "`fedcanvas shapes FOLDER` makes it", 3.0, demo
+            "demo", "captioned shapes over four sites, epsilon 8", "none: 20,000 shapes are made", 3.0, demo,
+            shapes=20_000,
         ),
-        Scenario("toy", "8 px shapes over two sites in seconds, too small to be good", "8 px shapes, 400", 0.1, toy),
+        Scenario(
+            "toy", "8 px shapes over two sites in seconds, too small to be good", "none: 400 shapes are made", 0.1, toy,
+            shapes=400,
+        ),
         Scenario(
             "fashion-mnist-10", "ten garments over ten sites, epsilon 10", "Fashion-MNIST as .npz (x_train, y_train,"
             " class_names)", 19.0, _ten_sites, tuple(f"a photo of a {name}" for name in GARMENTS),

@@ -32,6 +32,7 @@ def settings(**changes: Any) -> RunConfig:
         "data.image-size": 8, "text.dim": 16,
         "discriminator.name": "toy", "discriminator.width": 4, "discriminator.hidden": 8,
         "generator.width": 4, "generator.latent-dim": 4, "training.fakes": 16, "training.generator-batch": 16,
+        "training.lead-rounds": 0, "discriminator-optimizer.learning-rate": 2e-3,
     }  # fmt: skip
     return RunConfig.from_flat({**flat, **changes})
 
@@ -151,6 +152,21 @@ def test_every_other_public_prompt_is_drawn_as_wrong_equally_often() -> None:
     assert counts[0] == 0
     # Binomial(3000, 1/3): 1000 +- 5 deviations of 25.8; false alarm below 2e-6.
     assert all(abs(count - 1000) < 130 for count in counts[1:])
+
+
+def test_a_near_wrong_prompt_is_among_those_nearest_to_the_caption() -> None:
+    config = settings(
+        **{"privacy.sampling-rate": 1.0, "discriminator.near-prompt-share": 1.0, "discriminator.near-prompts": 2}
+    )
+    bench = Bench(config, data=dataset(200, captions=["a red square"]))
+    batch = draw_batch(bench.discriminator, bench.records, labels=(1, 0), **bench.keywords())
+    likeness = {text: float(bench.prompt_embeddings[0] @ e) for text, e in
+                zip(PROMPTS.texts[1:], bench.prompt_embeddings[1:], strict=True)}  # fmt: skip
+    allowed = sorted(likeness, key=likeness.__getitem__)[-2:]
+    places = [PROMPTS.texts.index(text) for text in allowed]
+    counts = [int((batch.wrong_prompts == bench.prompt_embeddings[place]).all(dim=1).sum()) for place in places]
+    assert sum(counts) == 200
+    assert min(counts) > 50
 
 
 def test_views_of_a_record_stay_with_it() -> None:

@@ -8,6 +8,7 @@ from shared.config import DataConfig, DiscriminatorConfig
 from shared.models.discriminator import Discriminator, Window
 
 MAX_FACTOR = 4  # channels of the deepest layer, as a multiple of the first layer's
+FIRST_SHARE = 4  # the first layer has `width` / 4 channels, so that the deepest has `width`
 
 
 class ConvDiscriminator(Discriminator):
@@ -17,7 +18,7 @@ class ConvDiscriminator(Discriminator):
         stack: list[Window] = []
         side, factor = data.image_size, 1
         while side > 4:
-            stack.append(Window(4, 2, 1, factor * settings.width))
+            stack.append(Window(4, 2, 1, factor * max(4, settings.width // FIRST_SHARE)))
             side, factor = stack[-1].side(side), min(2 * factor, MAX_FACTOR)
         super().__init__(
             feature_side=data.image_size,
