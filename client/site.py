@@ -12,6 +12,7 @@ import os
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from traceback import extract_tb
 
@@ -158,7 +159,7 @@ class Site:
 
     def _open_public(self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan) -> PublicSide:
         known = self._public
-        if known is not None and known.config.digest == config.digest and known.prompts.texts == instruction.prompts:
+        if known is not None and known.config == config and known.prompts.texts == instruction.prompts:
             return known
         try:
             with _BUILDING:
@@ -171,7 +172,7 @@ class Site:
         except FedCanvasError as error:
             raise SiteRefusal(RefusalCode.CONFIG, error.message) from error
         self._public = PublicSide(config, plan, prompts, embeddings, encoder, discriminator)
-        if known is None or known.config.digest != config.digest:
+        if known is None or known.config != config:
             self._records = None  # of another preprocessing, encoder or feature map
         return self._public
 
@@ -222,12 +223,9 @@ def admit(instruction: RoundInstruction, *, simulated: bool) -> tuple[RunConfig,
     Raises:
         SiteRefusal: by public quantities alone.
     """
-    try:
-        config = RunConfig.from_json(instruction.config_json)
-    except ConfigError as error:
-        raise SiteRefusal(RefusalCode.CONFIG, error.message) from error
-    if config.digest != instruction.config_digest:
-        raise SiteRefusal(RefusalCode.CONFIG, "the settings are not those of their digest")
+    config, plan = _settings(instruction.config_json, instruction.config_digest)
+    if not plan.private and not simulated:
+        raise SiteRefusal(RefusalCode.PLAN, "a deployed site does not answer without privacy")
     moments, local_steps = instruction.kind == "moments", config.federation.local_steps
     if instruction.server_round > config.federation.rounds or moments != (instruction.server_round == 0):
         raise SiteRefusal(RefusalCode.MESSAGE, f"the run has no round {instruction.server_round}")
@@ -239,13 +237,22 @@ def admit(instruction: RoundInstruction, *, simulated: bool) -> tuple[RunConfig,
         size, channels = config.data.image_size, config.data.channels
         if instruction.fakes.images.shape[1:] != (size, size, channels):
             raise SiteRefusal(RefusalCode.MESSAGE, f"the fakes are not of {size} x {size} x {channels}")
+    return config, plan
+
+
+@lru_cache(maxsize=16)
+def _settings(config_json: str, config_digest: str) -> tuple[RunConfig, PrivacyPlan]:
+    """The same for every round of a run, so it is read once."""
     try:
-        plan = make_plan(config)
+        config = RunConfig.from_json(config_json)
+    except ConfigError as error:
+        raise SiteRefusal(RefusalCode.CONFIG, error.message) from error
+    if config.digest != config_digest:
+        raise SiteRefusal(RefusalCode.CONFIG, "the settings are not those of their digest")
+    try:
+        return config, make_plan(config)
     except PrivacyError as error:
         raise SiteRefusal(RefusalCode.PLAN, error.message) from error
-    if not plan.private and not simulated:
-        raise SiteRefusal(RefusalCode.PLAN, "a deployed site does not answer without privacy")
-    return config, plan
 
 
 def payload_length(instruction: RoundInstruction, public: PublicSide) -> int:

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from shared.prompts import PromptPool
 from shared.text import build_encoder
 
+from server.evaluation import write_samples
 from server.rounds import Outcome, run_rounds
 from server.training import ServerTraining
 from shared.config import RunConfig, Scalar
@@ -38,9 +39,14 @@ def serve(grid: Grid, rundir: RunDirectory, observer: Observer) -> Outcome:
     config, prompts = rundir.config, PromptPool(rundir.prompts)
     plan, encoder = make_plan(config), build_encoder(config.text)
     training = ServerTraining(config, plan, prompts, encoder)
+
+    def evaluate(server_round: int) -> None:
+        observer.on_sample(server_round, write_samples(training, rundir, server_round))
+
     outcome = run_rounds(
-        grid, config=config, plan=plan, training=training, rundir=rundir, prompts=prompts, observer=observer
-    )
+        grid, config=config, plan=plan, training=training, rundir=rundir, prompts=prompts, observer=observer,
+        evaluate=evaluate,
+    )  # fmt: skip
     card = {
         "encoder_fingerprint": encoder.fingerprint,
         "weights_digest": outcome.digest,

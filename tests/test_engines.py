@@ -85,7 +85,8 @@ def test_sites_and_server_compute_with_their_own_number_of_threads(
 
     monkeypatch.setattr(client.site, "site_gradient", at_site)
     monkeypatch.setattr(engines.serve.__globals__["ServerTraining"], "step", at_server)
-    config = toy_config({"compute.site-threads": site_threads, "compute.server-threads": server_threads})
+    threads = {"compute.site-threads": site_threads, "compute.server-threads": server_threads}
+    config = toy_config({"privacy.name": "none", **threads})
     run(run_local, tmp_path / "run", config, make_sites(tmp_path / "sites"))
     assert seen == {"site": {site_threads}, "server": {server_threads}}
 
