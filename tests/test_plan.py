@@ -99,7 +99,7 @@ def test_an_epsilon_that_no_sigma_reaches_is_refused_with_the_smallest_one() -> 
 
 def test_a_warm_start_share_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(PrivacyError, match="warm start's share") as error:
-        make_plan(run(**{"privacy.target-epsilon": 0.02, "warm-start.enabled": True}))
+        make_plan(run(**{"warm-start.enabled": True, "warm-start.epsilon-share": 1e-4}))
     assert "warm-start.epsilon-share" in str(error.value.hint)
 
 

@@ -254,8 +254,9 @@ def _pld_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     _check_delta(delta)
-    # A coarser grid stays a bound; it keeps a run of epsilon 1000 within memory.
-    interval = PLD_INTERVAL * max(1.0, _rdp_curve(releases, steps[-1:], delta)[0] / 64)
+    # Any grid gives a bound. Finer where epsilon is small beside its rounding, coarser where memory would end.
+    about = _rdp_curve(releases, steps[-1:], delta)[0]
+    interval = PLD_INTERVAL * max(0.1, min(1.0, 2 * about), about / 64)
     with np.errstate(all="ignore"):
         step = pld.from_gaussian_mechanism(
             releases.noise_multiplier, sampling_prob=releases.sampling_rate, value_discretization_interval=interval
