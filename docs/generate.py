@@ -1,4 +1,4 @@
-"""Writes the pages that would drift if a person wrote them: settings, command line, file map of the README.
+"""Writes what would drift if a person wrote it: settings, command line, file map, Flower's table of settings.
 
     python docs/generate.py            write what changed
     python docs/generate.py --check    write nothing; exit code 1 and the names of stale pages
@@ -10,11 +10,12 @@ Not here: pages that explain; people write those.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -30,23 +31,29 @@ from shared.errors import FedCanvasError  # noqa: E402
 GENERATED = "<!-- Written by docs/generate.py (`make docs`): change the place where it is declared, not this page. -->"
 MAP_START, MAP_END = "<!-- file map: written by docs/generate.py -->", "<!-- end of the file map -->"
 MAPPED = ("shared", "client", "server", "simulations", "tests", "benchmarks", "docs")
+FLOWER_TABLE = "[tool.flwr.app.config]"
 HELP_COLUMNS = 100
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    pages = {
-        ROOT / "docs/configuration.md": configuration_page(),
-        ROOT / "docs/commands.md": commands_page(),
-        readme: with_file_map(readme.read_text(encoding="utf-8")),
+    check = "--check" in sys.argv
+    pages: dict[str, Callable[[str], str]] = {
+        "docs/configuration.md": lambda _: configuration_page(),
+        "docs/commands.md": lambda _: commands_page(),
+        "pyproject.toml": with_flower_table,
+        "README.md": with_file_map,  # last: the map names the pages above
     }
-    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for path in stale:
-        print(f"{path.relative_to(ROOT)} is {'stale' if '--check' in sys.argv else 'written'}")
-        if "--check" not in sys.argv:
-            path.write_text(pages[path], encoding="utf-8")
-    if stale and "--check" in sys.argv:
-        sys.exit(1)
+    stale = []
+    for name, page in pages.items():
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if (text := page(before)) != before:
+            stale.append(name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"{'stale' if check else 'written'}: {', '.join(stale)}")
+    sys.exit(1 if stale and check else 0)
 
 
 def configuration_page() -> str:
@@ -120,7 +127,9 @@ def _dashed(name: str) -> str:
 def commands_page() -> str:
     lines = ["# Command line", "", GENERATED, ""]
     lines += ["Results go to standard output, talk and progress to standard error.", "", "## Exit codes", ""]
-    lines += ["| code | when |", "|---|---|", "| 0 | success |", *exit_code_rows(), "| 130 | interrupted by Ctrl-C |"]
+    lines += ["| code | when |", "|---|---|", "| 0 | success |"]
+    lines += ["| 1 | a file that was named cannot be used; with a traceback, a bug |"]
+    lines += [*exit_code_rows(), "| 130 | interrupted by Ctrl-C |"]
     with ThreadPoolExecutor(2) as pool:
         commands = ["", *COMMANDS]
         for command, text in zip(commands, pool.map(help_text, commands), strict=True):
@@ -146,6 +155,22 @@ def help_text(command: str) -> str:
     if result.returncode:
         sys.exit(f"fedcanvas {command} --help failed: {result.stderr}")
     return "\n".join(line.rstrip() for line in result.stdout.strip("\n").splitlines())
+
+
+def with_flower_table(pyproject: str) -> str:
+    """`pyproject.toml` with Flower's table of settings written anew: `flwr run` changes only keys that stand there."""
+    start = pyproject.index(FLOWER_TABLE) + len(FLOWER_TABLE)
+    end = pyproject.index("\n\n", start)
+    values: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        fields = field.annotation.model_fields if _is_section(field.annotation) else {"": field}  # type: ignore[union-attr]
+        for inner, detail in fields.items():
+            key = f"{_dashed(name)}.{_dashed(inner)}".rstrip(".")
+            values[key] = detail.annotation() if detail.is_required() else detail.default
+            values[key] = "" if values[key] is None else values[key]
+    places = [f'{key} = ""' for key in re.findall(r"^(simulation\.\S+) = ", pyproject[start:end], re.MULTILINE)]
+    lines = [*places, *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return pyproject[:start] + "".join(f"\n{line}" for line in lines) + pyproject[end:]
 
 
 def with_file_map(readme: str) -> str:

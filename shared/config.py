@@ -89,7 +89,6 @@ class FederationConfig(Section):
     sites: int = Field(4, ge=1, le=10_000, description="Number of sites.")
     rounds: int = Field(300, ge=1, le=1_000_000, description="Federated rounds.")
     local_steps: int = Field(1, ge=1, le=1000, description="DP-SGD steps at a site a round; every one is charged.")
-    local_learning_rate: float = Field(0.05, gt=0, le=10, description="Step size at a site when local-steps > 1 (SGD).")
     published_records: int = Field(ge=1, description="Records of all sites together, a rounded published figure.")
 
 
@@ -316,7 +315,7 @@ def _setting_hint(key: str) -> str:
         return "no setting holds it: it is derived from privacy.target-epsilon, delta, sampling-rate and the rounds"
     same_name = [setting for setting in known if setting.rpartition(".")[2] == name]
     near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    return f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists every setting"
+    return f"did you mean '{near[0]}'?" if near else "`fedcanvas simulate --settings` lists them"
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:

@@ -131,7 +131,7 @@ def test_views_without_augmentation_are_refused() -> None:
         ("privacy.clippingnorm", "did you mean 'privacy.clipping-norm'?"),
         ("rounds", "did you mean 'federation.rounds'?"),
         ("training.rounds", "did you mean 'federation.rounds'?"),
-        ("privacy.zzz", "docs/configuration.md lists every setting"),
+        ("privacy.zzz", "`fedcanvas simulate --settings` lists them"),
     ],
 )
 def test_an_unknown_setting_is_answered_with_the_nearest(key: str, hint: str) -> None:
