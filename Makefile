@@ -24,8 +24,9 @@ demo demo-check: export MALLOC_TRIM_THRESHOLD_ := 2000000000
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1|\2/' | column -t -s '|'
 
+# --resume: an interrupted demo goes on, a finished one shows its result again.
 demo: .venv/installed  ## train on made shapes at four simulated sites, privately; ends with pictures in runs/demo
-	$(BIN)/fedcanvas simulate demo --out runs/demo
+	$(BIN)/fedcanvas simulate demo --out runs/demo --resume
 
 test: .venv/installed-dev  ## the test suite without the slow tests
 	$(BIN)/python -m pytest
