@@ -32,7 +32,7 @@ body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #
   max-width: 62rem; margin: 0 auto; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 h1 + p { margin-top: 0; color: #444; }
-table { border-collapse: collapse; margin: .5rem 0; } caption { text-align: left; color: #444; padding-bottom: .25rem; }
+table { border-collapse: collapse; margin: .5rem 0; }
 th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } td.text { text-align: left; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
@@ -246,7 +246,7 @@ def _chart(title: str, y_label: str, lines: Sequence[Line], *, x_label: str) -> 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(5.4, 3.0), layout="constrained")
         axes = figure.add_subplot()
-        for place, line in enumerate(lines):
+        for place, line in enumerate(line for line in lines if line.values):
             axes.plot(
                 line.rounds, line.values, label=line.name, color=COLOURS[place % 3], linestyle=STYLES[place % 3],
                 linewidth=1.8, marker="." if len(line.rounds) < 3 else None,
@@ -286,14 +286,15 @@ def _image(png: bytes, alternative: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "", text_from: int = 99) -> str:
-    top = f"<caption>{_text(caption)}</caption>" if caption else ""
+    # A paragraph, since a browser makes a caption no wider than its table.
+    note = f"<p>{_text(caption)}</p>" if caption else ""
     heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
     lines = []
     for first, *cells in rows:
         kinds = (' class="text"' if place >= text_from else "" for place in range(1, len(cells) + 1))
         text = "".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True))
         lines.append(f'<tr><th scope="row">{_text(first)}</th>{text}</tr>')
-    return f"<table>{top}<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f"{note}<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _list(items: Sequence[str]) -> str:

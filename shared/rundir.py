@@ -106,7 +106,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: `path` exists and is not an empty folder, or cannot be written.
         """
-        _refuse_used(path)
+        refuse_used(path)
         text = "".join(f"{prompt}\n" for prompt in prompts)
         digests = {"config": config.digest, "prompts": hashlib.sha256(text.encode()).hexdigest()}
         derived = hashlib.sha256("|".join(digests.values()).encode()).hexdigest()[:16]
@@ -627,7 +627,8 @@ def _round_of(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
 
 
-def _refuse_used(path: Path) -> None:
+def refuse_used(path: Path) -> None:
+    """`RunDirectoryError` unless `path` is free for a new run: absent, or an empty folder."""
     if RunDirectory.exists(path):
         raise RunDirectoryError(
             f"{path} holds a run already", hint="add --resume to continue it, or name another --out"

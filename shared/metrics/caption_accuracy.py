@@ -27,13 +27,14 @@ from shared.rundir import write_whole
 if TYPE_CHECKING:
     from shared.data import ImageCaptionDataset
 
-VERSION = 1  # of the classifier: a change of anything below that changes its weights
+VERSION = 2  # of the classifier: a change of anything below that changes its weights
 HELD_OUT = 5  # every fifth reference picture is kept for judging the classifier
 MOST_PICTURES = 12_000  # of the reference set that are looked at
 MOST_VALUES = 64  # a column with more is no attribute but a name or a number
 LEAST_PICTURES = 10  # of each value of an attribute
 BATCH = 64
 EPOCHS = 6
+LEAST_STEPS = 400  # a small reference set is seen more often
 LEARNING_RATE = 4e-3
 GOOD_ENOUGH = 0.999  # accuracy on held-out pictures, all attributes, at which training ends early
 
@@ -172,10 +173,11 @@ def _train(classifier: AttributeClassifier, images: np.ndarray, targets: dict[st
     training, kept = rows[rows % HELD_OUT != 0], rows[rows % HELD_OUT == 0]
     wanted = {name: torch.from_numpy(column) for name, column in targets.items()}
     optimizer = torch.optim.Adam(classifier.parameters(), lr=LEARNING_RATE)
-    steps = EPOCHS * -(-len(training) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    batches = -(-len(training) // BATCH)
+    epochs = max(EPOCHS, -(-LEAST_STEPS // batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=epochs * batches, pct_start=0.1)
     held_out: dict[str, float] = {}
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         classifier.train()
         for batch in torch.from_numpy(training)[torch.randperm(len(training))].split(BATCH):
             if len(batch) < 2:

@@ -1,0 +1,593 @@
+"""`fedcanvas simulate`: a whole federation on this machine, from data and public prompts to pictures and epsilon.
+
+    settings    scenario < --config < named options < --set
+    data        one folder or file that is divided over the sites, or one a site
+    on disk     OUT the run directory; OUT-sites what only the sites know (their rows, their caches), beside it
+
+Not here: learning and rounds (`client`, `server`), and what a finished run is asked later (`server.cli`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from shared.cli import Interrupted, new_app, say, warn
+from shared.errors import ConfigError, DataError, FedCanvasError, RunDirectoryError, UsageError
+
+if TYPE_CHECKING:
+    from shared.config import RunConfig, Scalar
+    from shared.data import ImageCaptionDataset
+    from shared.prompts import PromptPool
+    from shared.rundir import RunDirectory
+    from simulations.scenarios import Scenario
+
+JOB = "simulation.json"  # in the run directory: what the command was asked, beside config and prompts
+REFERENCE_SHAPES, REFERENCE_SEED, SHAPES_SEED = 8000, 2, 1
+LARGEST_DEFAULT_BATCH = 2048
+FEWEST_OF_PUBLISHED = 0.8  # a rounded figure is off by 5 % at most; far fewer records are another plan
+NEXT_PICTURES = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command was asked beside settings and prompts; kept in the run directory for `--resume`."""
+
+    scenario: str | None
+    data: list[str]
+    reference: str | None
+    partition: str
+    attribute: str | None
+    alpha: float
+
+
+@new_app
+def simulate(
+    scenario: Annotated[str | None, typer.Argument(metavar="[SCENARIO]", hidden=True)] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Captioned images: a folder or an .npz. Several times: one a site.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Public prompts, one a line.  [default: prompts.txt beside the data]")
+    ] = None,
+    sites: Annotated[int | None, typer.Option(help="Number of sites.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Federated rounds.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Privacy budget of the run, per site.")] = None,
+    delta: Annotated[float | None, typer.Option(help="A public constant below 1 / records of a site.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory, new or empty.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Public captioned images to measure by and to show beside.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="In this process, or Flower's simulation; the same result.")
+    ] = "local",
+    partition: Annotated[
+        Literal["iid", "dirichlet", "by-attribute"] | None,
+        typer.Option(help="How one data set is divided over the sites.  [default: iid]"),
+    ] = None,
+    attribute: Annotated[
+        str | None, typer.Option(help="Column that dirichlet and by-attribute divide by.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of dirichlet: small is unequal.  [default: 0.5]")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; several times.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Where to compute.  [default: cpu]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same result, bit for bit.  [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    list_scenarios: Annotated[bool, typer.Option("--list", help="List the scenarios and exit.")] = False,
+    list_settings: Annotated[bool, typer.Option("--settings", help="List all settings and exit.")] = False,
+) -> None:
+    """Train a private text-to-image federation on this machine.
+
+    SCENARIO is a named run (`--list`); options and settings given here replace its own. Without one, name --data,
+    --prompts, --delta and --out at least. All sites are simulated: draws and noise come from the seed, so this
+    measures a federation, it does not protect anyone.
+    """
+    if list_scenarios or list_settings:
+        typer.echo(_settings_table() if list_settings else _scenario_table(as_json=as_json))
+        return
+    if out is None:
+        raise UsageError("missing --out", hint="name a new folder for the run: --out runs/a")
+    if epsilon is not None and epsilon == float("inf"):
+        raise UsageError("epsilon inf is no privacy", hint="say so by name: --set privacy.name=none")
+    named: dict[str, Scalar | None] = {
+        "federation.sites": sites, "federation.rounds": rounds, "privacy.target-epsilon": epsilon,
+        "privacy.delta": delta, "compute.device": device, "seed": seed,
+    }  # fmt: skip
+    overlay = _overlay(config, {key: value for key, value in named.items() if value is not None}, settings or [])
+    asked = {
+        "scenario": scenario, "data": [str(path.resolve()) for path in data] if data else None,
+        "reference": str(reference.resolve()) if reference else None, "partition": partition,
+        "attribute": attribute, "alpha": alpha,
+    }  # fmt: skip
+    began = time.monotonic()
+    run, job = _open_run(out, asked, overlay, prompts, resume=resume)
+    with run:
+        if not run.finished:
+            _train(run, job, engine)
+            _finish(run, job, engine, began)
+        result = run.read_json("result.json")
+    typer.echo(json.dumps(result, ensure_ascii=False) if as_json else _result_text(out, result))
+
+
+# ---- what is asked
+
+
+def _overlay(config: Path | None, named: Mapping[str, Scalar], settings: Sequence[str]) -> dict[str, Scalar]:
+    """Everything that replaces the scenario's settings, the later the stronger."""
+    from shared.config import flatten_table, parse_setting, read_toml
+
+    from_file = flatten_table(read_toml(config)) if config is not None else {}
+    return {**from_file, **named, **dict(parse_setting(text) for text in settings)}
+
+
+def _open_run(
+    out: Path, asked: Mapping[str, Any], overlay: Mapping[str, Scalar], prompts: Path | None, *, resume: bool
+) -> tuple[RunDirectory, Job]:
+    """The run directory, locked, and what to do in it: a new one, or the one to be continued.
+
+    Everything that can be wrong with the request is found before the folder appears.
+    """
+    from shared.config import RunConfig
+    from shared.prompts import PromptPool
+    from shared.rundir import RunDirectory, refuse_used
+
+    if resume and RunDirectory.exists(out):
+        stored = RunDirectory.open(out)
+        job = _same_job(out, Job(**stored.read_json(JOB)), asked)
+        wanted = RunConfig.from_flat({**stored.config.to_flat(), **overlay}, origin="settings")
+        pool = PromptPool.from_file(prompts).texts if prompts is not None else None
+        run = RunDirectory.resume(out, config=wanted, prompts=pool)
+        checkpoint = run.load_latest_checkpoint()
+        if not run.finished:
+            say(f"continuing {out} after round {checkpoint[0] if checkpoint else 0} of {wanted.federation.rounds}")
+        return run, job
+    if resume:
+        if not any(value for value in asked.values()):
+            raise RunDirectoryError(f"no run directory at {out}", hint="check the path; without --resume a run starts")
+        say(f"there is no run in {out} yet: starting it")
+    refuse_used(out)
+    return _new_run(out, asked, overlay, prompts)
+
+
+def _new_run(
+    out: Path, asked: Mapping[str, Any], overlay: Mapping[str, Scalar], prompts: Path | None
+) -> tuple[RunDirectory, Job]:
+    from shared.config import RunConfig
+    from shared.privacy.plan import make_plan
+    from shared.rundir import RunDirectory
+    from simulations.scenarios import scenario_called
+
+    scenario = scenario_called(asked["scenario"]) if asked["scenario"] else None
+    flat: dict[str, Scalar] = {**(scenario.config().to_flat() if scenario else {}), **overlay}
+    paths = [Path(path) for path in asked["data"] or []]
+    if len(paths) > 1:
+        if overlay.get("federation.sites", len(paths)) != len(paths):
+            raise UsageError(
+                f"--data names {len(paths)} folders and --sites {overlay['federation.sites']}",
+                hint="one folder a site: leave --sites out, or name one folder to be divided",
+            )
+        flat["federation.sites"] = len(paths)
+        if asked["partition"]:
+            raise UsageError("--partition divides one data set, and --data names several", hint="leave one of them out")
+    if not paths and not (scenario and scenario.shapes):
+        needed = f"; {scenario.name} wants {scenario.data}" if scenario else ""
+        raise UsageError("missing --data", hint=f"name a folder with captions.csv, or an .npz{needed}")
+    if "privacy.delta" not in flat:
+        raise UsageError("missing --delta", hint="a public constant below 1 / records of a site, for example 1e-5")
+    # What can be checked without data is, before data are made or decoded.
+    stand_ins: dict[str, Scalar] = {"privacy.sampling-rate": 0.5, "federation.published-records": 10**6}
+    checked = RunConfig.from_flat({**stand_ins, **flat}, origin="settings")
+    _check_device(checked)
+    pool = _public_prompts(prompts, scenario, paths)
+    if not paths:
+        assert scenario is not None
+        paths = [_made_shapes(out, scenario.shapes, SHAPES_SEED, checked)]
+    reference = asked["reference"]
+    if reference is None and scenario is not None and scenario.shapes and not asked["data"]:
+        count = min(REFERENCE_SHAPES, 3 * scenario.shapes)
+        reference = str(_made_shapes(out, count, REFERENCE_SEED, checked).resolve())
+    job = Job(
+        asked["scenario"], [str(path.resolve()) for path in paths], reference, asked["partition"] or "iid",
+        asked["attribute"], asked["alpha"] or 0.5,
+    )  # fmt: skip
+    datasets = _open_data(out, job, checked)
+    if reference is not None:
+        _open_reference(out, job, checked)
+    config = _with_public_figures(flat, sum(map(len, datasets)))
+    plan = make_plan(config)
+    _check_enough(config, datasets, plan.private)
+    if pool is None:
+        pool = _prompts_beside(paths)
+    _write_sites(out, job, config, datasets)
+    run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents={JOB: asdict(job)})
+    return run, job
+
+
+def _same_job(out: Path, stored: Job, asked: Mapping[str, Any]) -> Job:
+    for name, value in asked.items():
+        before = getattr(stored, name)
+        if value is not None and value != before:
+            raise RunDirectoryError(
+                f"{out} was started with another {name}: {before if before is not None else 'none'}",
+                hint=f"leave it out to continue the run as it is, or name a new --out: {_resume_command(out)}",
+            )
+    return stored
+
+
+def _check_device(config: RunConfig) -> None:
+    import torch
+
+    if config.compute.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for and there is none here", hint="--device cpu")
+
+
+def _public_prompts(prompts: Path | None, scenario: Scenario | None, data: Sequence[Path]) -> PromptPool | None:
+    """From --prompts, the scenario, or beside the data; `None` when the data are still to be made with theirs."""
+    from shared.prompts import PromptPool
+
+    if prompts is not None:
+        return PromptPool.from_file(prompts)
+    if scenario is not None and scenario.prompts:
+        return PromptPool(scenario.prompts)
+    return _prompts_beside(data) if data else None
+
+
+def _prompts_beside(data: Sequence[Path]) -> PromptPool:
+    """`prompts.txt` that the maker of the data ships as public."""
+    from shared.prompts import PromptPool
+
+    files = [path / "prompts.txt" for path in data if (path / "prompts.txt").is_file()]
+    pools = [PromptPool.from_file(file) for file in files]
+    if len(pools) != len(data):
+        raise UsageError(
+            "no public prompts",
+            hint="name a file, one prompt a line: --prompts FILE. The server and every site see them, so they must be"
+            " public text; they are never taken from captions, which are private",
+        )
+    if any(pool.texts != pools[0].texts for pool in pools):
+        raise UsageError("the sites ship different prompts", hint="name one file for all of them: --prompts FILE")
+    say(f"public prompts: {len(pools[0])} from {files[0]}")
+    return pools[0]
+
+
+# ---- data and sites
+
+
+def _made_shapes(out: Path, count: int, seed: int, config: RunConfig) -> Path:
+    """The captioned shapes of a scenario, made once beside the runs; a later run finds them."""
+    from simulations.progress import StepProgress
+    from simulations.shapes import make_shapes
+
+    size = config.data.image_size
+    folder = out.parent / f"shapes-{size}px-{count}-seed-{seed}"
+    if not (folder / "captions.csv").is_file():
+        drawing = StepProgress(f"drawing shapes into {folder}")
+        make_shapes(folder, count=count, seed=seed, image_size=size, progress=drawing)
+    return folder
+
+
+def _sites_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}-sites")
+
+
+def _open_data(out: Path, job: Job, config: RunConfig) -> list[ImageCaptionDataset]:
+    from shared.data import open_dataset
+    from simulations.progress import StepProgress
+
+    datasets = []
+    for path in job.data:
+        dataset = open_dataset(
+            Path(path), config=config.data, cache_dir=_sites_folder(out) / "cache",
+            progress=StepProgress(f"decoding {Path(path).name}"),
+        )  # fmt: skip
+        for row in dataset.skipped[:3]:
+            warn(f"{path}: row {row.row}, {row.file}: {row.reason}: skipped")
+        if len(dataset.skipped) > 3:
+            counts = "; ".join(f"{count} x {reason}" for reason, count in dataset.skipped_by_reason().items())
+            warn(f"{path}: {len(dataset.skipped)} rows are skipped in all: {counts}")
+        datasets.append(dataset)
+    return datasets
+
+
+def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDataset | None:
+    from shared.data import open_dataset
+    from simulations.progress import StepProgress
+
+    if job.reference is None:
+        return None
+    return open_dataset(
+        Path(job.reference), config=config.data, cache_dir=_sites_folder(out) / "cache",
+        progress=StepProgress("decoding the public reference set"),
+    )  # fmt: skip
+
+
+def _with_public_figures(flat: Mapping[str, Scalar], records: int) -> RunConfig:
+    """The whole config: the published number of records and q where nobody gave them, and what was chosen is said."""
+    from shared.config import RunConfig
+
+    flat = dict(flat)
+    if "federation.published-records" not in flat:
+        flat["federation.published-records"] = published = _two_digits(records)
+        say(f"published records of all sites: {published:,}, rounded; federation.published-records sets another figure")
+    if "privacy.sampling-rate" not in flat:
+        published = int(flat["federation.published-records"])
+        batch = min(published / 4, LARGEST_DEFAULT_BATCH)
+        flat["privacy.sampling-rate"] = rate = float(f"{batch / max(published, 1):.3g}")
+        say(f"sampling rate q = {rate:g}: about {rate * published:.0f} records a step, over all sites")
+    return RunConfig.from_flat(flat, origin="settings")
+
+
+def _two_digits(count: int) -> int:
+    return int(float(f"{count:.2g}"))
+
+
+def _check_enough(config: RunConfig, datasets: Sequence[ImageCaptionDataset], private: bool) -> None:
+    """The plan's noise is made for the published figure: far fewer records drown in it."""
+    records, published = sum(map(len, datasets)), config.federation.published_records
+    if records < FEWEST_OF_PUBLISHED * published:
+        raise DataError(
+            f"too few records for the plan: {records:,} are there, it is made for {published:,}",
+            hint=f"--set federation.published-records={_two_digits(records)}, or more data",
+        )
+    drawn = config.expected_batch_size / config.federation.sites
+    if private and drawn < 1:
+        raise DataError(
+            f"too few records for the plan: a site draws {drawn:.2g} a step, the rest is noise",
+            hint="raise privacy.sampling-rate, or take fewer sites or more data",
+        )
+
+
+def _write_sites(out: Path, job: Job, config: RunConfig, datasets: Sequence[ImageCaptionDataset]) -> list[Path]:
+    """One folder a site beside the run directory: its settings, and its rows where one data set is divided."""
+    import numpy as np
+
+    from client.site import SiteConfig
+    from shared.rundir import write_whole
+    from simulations.partition import Scheme, partition_indices
+
+    count, folder = config.federation.sites, _sites_folder(out)
+    shares: list[Any] = [None] * count
+    if len(datasets) == 1 and count > 1:
+        shares[:] = partition_indices(
+            datasets[0], sites=count, scheme=cast(Scheme, job.partition), attribute=job.attribute, alpha=job.alpha,
+            seed=config.seed,
+        )  # fmt: skip
+    paths = []
+    for place, share in enumerate(shares):
+        name = f"site-{place:02d}"
+        site = SiteConfig(
+            site_id=name, data=job.data[place if len(job.data) > 1 else 0], cache_dir="../cache",
+            indices="indices.npy" if share is not None else None, simulated_seed=config.seed,
+        )  # fmt: skip
+        if share is not None:
+            write_whole(folder / name / "indices.npy", _npy(np.asarray(share, np.int64)))
+        site.write(folder / name)
+        paths.append(folder / name)
+    return paths
+
+
+def _npy(array: Any) -> bytes:
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+# ---- training and its end
+
+
+def _train(run: RunDirectory, job: Job, engine: str) -> None:
+    from shared.privacy.plan import make_plan
+    from shared.prompts import PromptPool
+    from simulations.estimate import estimate_run
+    from simulations.progress import RunProgress, duration
+
+    config, pool = run.config, PromptPool(run.prompts)
+    checkpoint = run.load_latest_checkpoint()
+    done = checkpoint[0] if checkpoint else 0
+    plan = make_plan(config)
+    datasets = _open_data(run.path, job, config)
+    site_dirs = _write_sites(run.path, job, config, datasets)
+    say(_plan_line(config, plan))
+    if done < config.federation.rounds:
+        estimate = estimate_run(config, plan, pool)
+        left = config.federation.rounds - done
+        say(
+            f"this will take about {duration(estimate.of(left))}: {left} rounds of {estimate.round_seconds:.2f} s,"
+            " as just tried on noise pictures"
+        )
+    from simulations.engines import run_local, run_ray
+
+    start = {"local": run_local, "ray": run_ray}[engine]
+    with RunProgress(config.federation.rounds, done=done) as progress:
+        try:
+            start(config, site_dirs=site_dirs, rundir=run, prompts=pool, observer=progress)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"after round {progress.done} of {config.federation.rounds}; nothing that was spent is forgotten",
+                _resume_command(run.path),
+            ) from None
+        except FedCanvasError as error:
+            error.hint = error.hint or f"continue with `{_resume_command(run.path)}`"
+            raise
+
+
+def _plan_line(config: RunConfig, plan: Any) -> str:
+    federation = config.federation
+    start = f"{federation.sites} sites, {federation.rounds} rounds, {plan.expected_batch_size:,.0f} records a step"
+    if not plan.private:
+        return f"{start}, no privacy: epsilon = inf"
+    return (
+        f"{start}, noise multiplier {plan.noise_multiplier:g} for epsilon {config.privacy.target_epsilon:g}"
+        f" at delta {plan.delta:.0e}, {config.privacy.retry_slack} retries included"
+    )
+
+
+def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
+    """Figures and sheet from the released model; `result.json` comes last, so its existence means all is there."""
+    from server.evaluation import accuracy_rows, final_sheet, measure
+    from shared.privacy.plan import PrivacyPlan
+    from shared.rundir import load_model
+
+    started = time.monotonic()
+    model, config = load_model(run.path), run.config
+    reference = _open_reference(run.path, job, config)
+    metrics: dict[str, Any] = {"caption-accuracy": {"not_measured": "no --reference was given"}}
+    if reference is not None:
+        metrics = measure(model, reference, cache_dir=_reference_cache(run.path), progress=say)
+        metrics["caption-accuracy"]["reference"] = reference.name
+    plan = PrivacyPlan.from_dict(model.card["plan"])
+    charged = run.steps_charged()
+    # The plan's table is exact where it was planned to end; rounds that were repeated make another number.
+    exact = charged not in (plan.steps, plan.reserved_steps)
+    spent = plan.spent(charged, warm_start=config.warm_start.enabled, exact=exact)
+    epsilon = {name: getattr(spent, name) for name in ("epsilon", "prv", "pld", "rdp")}
+    rows = accuracy_rows(metrics)
+    notes = [f"{config.federation.sites} sites, epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e}"]
+    if rows:
+        notes.append("accuracy " + ", ".join(f"{name} {value:.2f}" for name, value, _, _ in rows))
+    sheet = run.write_bytes("sheet.png", final_sheet(model, reference, title=run.path.resolve().name, notes=notes))
+    seconds = sum(float(line["seconds"]) for line in run.timings())
+    run.write_json(
+        "result.json",
+        {
+            "run_id": run.run_id,
+            "scenario": job.scenario,
+            "engine": engine,
+            "seed": config.seed,
+            "sites": config.federation.sites,
+            "rounds": config.federation.rounds,
+            "published_records": config.federation.published_records,
+            "metrics": metrics,
+            "privacy": {
+                "name": config.privacy.name,
+                "epsilon_per_site": {f"site-{place:02d}": epsilon for place in range(config.federation.sites)},
+                "delta": plan.delta,
+                "adjacency": spent.adjacency,
+                "unit": spent.unit,
+                "fallback": spent.fallback,
+                "target_epsilon": config.privacy.target_epsilon if plan.private else float("inf"),
+                "noise": config.privacy.noise,
+                "noise_multiplier": plan.noise_multiplier,
+                "warm_start_noise_multiplier": plan.warm_start_noise_multiplier,
+                "sampling_rate": plan.sampling_rate,
+                "clipping_norm": plan.clipping_norm,
+                "steps": plan.steps,
+                "steps_charged": charged,
+                "steps_reserved": plan.reserved_steps,
+                "entropy": run.entropy,
+            },
+            "weights_digest": model.card["weights_digest"],
+            "seconds": {
+                "training": seconds,
+                "evaluation": time.monotonic() - started,
+                "this_command": time.monotonic() - began,
+            },
+            "sheet": str(sheet),
+            "next": _next_commands(run.path, model.prompts),
+        },
+    )
+
+
+def _reference_cache(out: Path) -> Path:
+    """Beside the runs, so that the next run with this reference set need not train the classifier again."""
+    return out.parent / ".fedcanvas-reference"
+
+
+def _next_commands(out: Path, prompts: Sequence[str]) -> list[str]:
+    prompt, place = shlex.quote(prompts[0]), shlex.quote(str(out))
+    return [
+        f"fedcanvas generate {prompt} --model {place} --n {NEXT_PICTURES} --seed 1 --out pictures",
+        f"fedcanvas report {place}",
+    ]
+
+
+def _resume_command(out: Path) -> str:
+    return f"fedcanvas simulate --resume --out {shlex.quote(str(out))}"
+
+
+# ---- what is printed
+
+
+def _result_text(out: Path, result: Mapping[str, Any]) -> str:
+    from simulations.progress import duration
+
+    privacy, accuracy = result["privacy"], result["metrics"]["caption-accuracy"]
+    lines = [f"{out}: {result['rounds']} rounds in {duration(result['seconds']['training'])} of training", ""]
+    if "accuracy" in accuracy:
+        lines += [
+            f"accuracy of {accuracy['n']} pictures, told by a classifier that was trained on the real pictures of",
+            f"{accuracy['reference']}, none of which is at a site; 'real' is the same on real pictures it has not seen",
+            f"  {'':<14}{'generated':>10}{'real':>8}{'chance':>8}",
+        ]
+        for name, value in accuracy["accuracy"].items():
+            real, chance = accuracy["held_out_real"][name], accuracy["chance"][name]
+            lines.append(f"  {name:<14}{value:>10.3f}{real:>8.3f}{chance:>8.3f}")
+        if accuracy["left_out"]:
+            lines.append(f"  {accuracy['left_out']} pictures are left out: no reference caption equals their prompt")
+    else:
+        lines.append(f"accuracy was not measured: {accuracy['not_measured']}")
+    lines.append("")
+    if privacy["name"] == "none":
+        lines.append("epsilon = inf: this run had no privacy (privacy.name = none)")
+    else:
+        lines += [
+            f"epsilon per site at delta {privacy['delta']:.0e}, {privacy['adjacency']} one {privacy['unit']},"
+            f" {privacy['noise']} noise, {privacy['steps_charged']} steps",
+            f"  {'':<14}{'PRV':>10}{'PLD':>8}{'RDP':>8}",
+        ]
+        for site, epsilon in privacy["epsilon_per_site"].items():
+            lines.append(f"  {site:<14}{epsilon['prv']:>10.3f}{epsilon['pld']:>8.3f}{epsilon['rdp']:>8.3f}")
+        if privacy["fallback"]:
+            lines.append(f"  {privacy['fallback']}")
+        lines.append(
+            f"  simulated: draws and noise come from seed {result['seed']}, so this run itself protects nobody"
+        )
+    lines += ["", f"pictures  {result['sheet']}", f"figures   {out / 'result.json'}"]
+    lines += [f"{'next' if place == 0 else '':<10}{command}" for place, command in enumerate(result["next"])]
+    return "\n".join(lines)
+
+
+def _scenario_table(*, as_json: bool) -> str:
+    from simulations.scenarios import SCENARIOS
+
+    rows = []
+    for scenario in SCENARIOS.values():
+        config = scenario.config()
+        epsilon = "inf" if config.privacy.name == "none" else f"{config.privacy.target_epsilon:g}"
+        rows.append(
+            {"name": scenario.name, "epsilon": epsilon, "sites": config.federation.sites, "minutes": scenario.minutes,
+             "summary": scenario.summary, "data": scenario.data}
+        )  # fmt: skip
+    if as_json:
+        return json.dumps({"scenarios": rows})
+    lines = [f"{'scenario':<18}{'epsilon':>8}{'sites':>7}{'minutes':>9}   what, and its --data"]
+    for row in rows:
+        lines.append(f"{row['name']:<18}{row['epsilon']:>8}{row['sites']:>7}{row['minutes']:>9g}   {row['summary']}")
+        lines.append(f"{'':<45}{row['data']}")
+    note = "minutes of training on two cores; a run tries a round before it starts and says how long it will take"
+    return "\n".join([*lines, "", note])
+
+
+def _settings_table() -> str:
+    from shared.config import setting_names
+
+    names = setting_names()
+    width = max(map(len, names)) + 2
+    return "\n".join(f"{name:<{width}}{description}" for name, description in names.items())
