@@ -11,8 +11,6 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from shared.prompts import PromptPool
-from shared.text import build_encoder
 
 from server.evaluation import write_samples
 from server.rounds import Outcome, run_rounds
@@ -21,7 +19,9 @@ from shared.config import RunConfig, Scalar
 from shared.errors import ConfigError
 from shared.observer import Observer, SilentObserver
 from shared.privacy.plan import make_plan
+from shared.prompts import PromptPool
 from shared.rundir import RunDirectory
+from shared.text import build_encoder
 from shared.tree import check_same_tree
 
 HOME = check_same_tree(__file__)

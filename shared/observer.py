@@ -10,9 +10,6 @@ from typing import Protocol
 class Observer(Protocol):
     """Called from the thread that runs the rounds; a call must return soon and must not raise."""
 
-    def on_start(self, total_rounds: int, estimate_seconds: float | None) -> None:
-        """Before the first round of this process; the estimate is for the rounds that are left."""
-
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         """After each round (0: the warm start) with the figures that stand in events.jsonl."""
 
@@ -25,9 +22,6 @@ class Observer(Protocol):
 
 class SilentObserver:
     """Watches and says nothing."""
-
-    def on_start(self, total_rounds: int, estimate_seconds: float | None) -> None:
-        pass
 
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         pass

@@ -30,7 +30,6 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from shared.prompts import PromptPool
 
 from client.app import make_app as make_client_app
 from server.app import make_app as make_server_app
@@ -40,6 +39,7 @@ from shared import errors
 from shared.config import RunConfig
 from shared.errors import FedCanvasError, FederationError
 from shared.observer import Observer
+from shared.prompts import PromptPool
 from shared.rundir import RunDirectory
 
 RELEASE = Path(__file__).resolve().parents[1]
@@ -242,9 +242,6 @@ class _Reports:
     def send(self, name: str, *values: Any) -> None:
         self._pipe.write(json.dumps([name, *values]) + "\n")
         self._pipe.flush()
-
-    def on_start(self, total_rounds: int, estimate_seconds: float | None) -> None:
-        self.send("on_start", total_rounds, estimate_seconds)
 
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         self.send("on_round", server_round, dict(figures))

@@ -142,11 +142,30 @@ def test_ray_ends_in_the_weights_of_the_local_engine(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_run_that_was_interrupted_in_ray_goes_on_in_the_local_engine(tmp_path: Path):
+    class Interrupting(Recorder):
+        def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
+            super().on_round(server_round, figures)
+            if server_round == 2:
+                raise KeyboardInterrupt
+
+    config, folders, until = toy_config({"federation.rounds": 30}), make_sites(tmp_path / "sites"), Interrupting()
+    expected = run(run_local, tmp_path / "local", config, folders)
+    with pytest.raises(KeyboardInterrupt):
+        run(run_ray, tmp_path / "ray", config, folders, until)
+    assert list(until.rounds) == [1, 2]
+    with RunDirectory.resume(tmp_path / "ray") as rundir:  # the engine is gone, its lock is free
+        assert rundir.steps_charged() < 30
+        resumed = run_local(config, site_dirs=folders, rundir=rundir, prompts=PROMPTS, observer=SilentObserver())
+    assert resumed.digest == expected.digest
+
+
+@pytest.mark.slow
 def test_a_site_that_refuses_stops_ray_with_the_same_error(tmp_path: Path):
     folders = make_sites(tmp_path / "sites")
     (folders[1] / "data.npz").unlink()
     with pytest.raises(FederationError, match="round 1: site site-1 refused with code 'site'"):
-        run(run_ray, tmp_path / "ray", toy_config(), folders)
+        run(run_ray, tmp_path / "ray", toy_config({"privacy.name": "none"}), folders)
     with RunDirectory.resume(tmp_path / "ray") as rundir:  # its lock is free again
         assert rundir.steps_charged() == 1
 

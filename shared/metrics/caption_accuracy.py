@@ -175,7 +175,8 @@ def _train(classifier: AttributeClassifier, images: np.ndarray, targets: dict[st
     optimizer = torch.optim.Adam(classifier.parameters(), lr=LEARNING_RATE)
     batches = -(-len(training) // BATCH)
     epochs = max(EPOCHS, -(-LEAST_STEPS // batches))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=epochs * batches, pct_start=0.1)
+    steps = epochs * batches
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.1)
     held_out: dict[str, float] = {}
     for _ in range(epochs):
         classifier.train()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared.config import DataConfig, DiscriminatorConfig
+from shared.config import DiscriminatorConfig
 from shared.errors import ConfigError
 from shared.models.patches import windows
 

@@ -60,7 +60,7 @@ class FilmBlock(nn.Module):
         super().__init__()
         self.upsample = upsample
         self.convolution = nn.Conv2d(before, after, 3, padding=1)
-        groups = next(g for g in (8, 4, 2, 1) if after % g == 0 and after // g >= 4 or g == 1)
+        groups = next(g for g in (8, 4, 2, 1) if (after % g == 0 and after // g >= 4) or g == 1)
         self.norm = nn.GroupNorm(groups, after, affine=False)
         self.affine = nn.Linear(CONDITIONING, 2 * after)
         nn.init.zeros_(self.affine.bias)

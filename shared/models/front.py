@@ -27,7 +27,7 @@ FILTER_FREQUENCY = 3 * math.pi / 4  # radians a pixel
 ENERGY_FLOOR = 1e-4  # inside the square root, so that its gradient is bounded
 COLOUR_BINS = 3  # an axis, trilinear: 27 bins
 GREY_BINS = 5
-FULL_SCALE, HALF_SCALE = 6.0, 8.0  # factors on the energies, to the size of the colour means
+FULL_SCALE, HALF_SCALE = 9.0, 12.0  # factors on the energies, to the size of the colour means
 COLOUR_SCALE, GREY_SCALE = 2.0, 1.5  # factors on the histogram
 
 
