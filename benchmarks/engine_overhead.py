@@ -6,6 +6,7 @@ Baseline: the same sites' gradients in the same number of threads and the same s
 no Flower, no messages, no charges, no run directory. Both end in the same weights, which is checked.
 """
 
+# ruff: noqa: B023 -- what a loop defines is called before the loop goes on
 from __future__ import annotations
 
 import argparse

@@ -66,7 +66,8 @@ class ServerTraining:
         Args:
             moments: `(moment_size,)` int64, summed over `replies` sites, in units of the moment plan's lattice.
         """
-        plan = replace(self.plan, noise_multiplier=self.plan.warm_start_noise_multiplier or 0.0, clipping_norm=MOMENT_NORM)
+        sigma = self.plan.warm_start_noise_multiplier or 0.0
+        plan = replace(self.plan, noise_multiplier=sigma, clipping_norm=MOMENT_NORM)
         noise_std = plan.noise_multiplier * plan.sensitivity(len(moments)) * replies**0.5
         fit = MomentFit(
             moments * plan.lattice, feature_shape=self.discriminator.feature_shape,
@@ -76,7 +77,9 @@ class ServerTraining:
         views = 8  # pictures of one prompt in a step, in two independent halves
         for step in range(self.config.warm_start.steps):
             rng = self._rng("warm-start", step)
-            set_learning_rate(self.generator_optimizer, self.config.generator_optimizer, self.config.federation.rounds, 1)
+            set_learning_rate(
+                self.generator_optimizer, self.config.generator_optimizer, step + 1, self.config.warm_start.steps
+            )
             picks = self._draw_prompts(max(1, settings.generator_batch // views), rng)
             conditioning = self.prompt_embeddings[picks]
             latents = self._latents(len(picks) * views, rng)
@@ -199,7 +202,9 @@ class ServerTraining:
         logits = self.discriminator(features[:, None], conditioning[:, None])
         loss = self.loss.generator(logits).mean()
         if settings.mode_seeking_weight:
-            variety = _variety(features[:half], features[half:], latents[:half], latents[half:], cap=settings.mode_seeking_cap)
+            variety = _variety(
+                features[:half], features[half:], latents[:half], latents[half:], cap=settings.mode_seeking_cap
+            )
             loss = loss - settings.mode_seeking_weight * variety
         self._generator_step(loss)
         return float(loss.detach())

@@ -119,7 +119,8 @@ def test_the_gradient_of_windows_is_that_of_finite_differences() -> None:
 
 
 def test_a_head_of_windows_is_the_convolution_it_stands_for() -> None:
-    discriminator = build_discriminator(config(**{"discriminator.name": "conv", "data.image-size": 28}), embedding_dim=5)
+    settings = config(**{"discriminator.name": "conv", "data.image-size": 28})
+    discriminator = build_discriminator(settings, embedding_dim=5)
     images = torch.rand(2, 3, 28, 28) * 2 - 1
     conditioning = torch.randn(2, 1, 5)
     maps = images
