@@ -45,7 +45,7 @@ docs: .venv/installed  ## write the generated pages again; a test compares them
 	$(BIN)/python docs/generate.py
 
 demo-check: .venv/installed  ## the demo's way, a few rounds long
-	rm -rf runs/demo-check
+	rm -rf runs/demo-check runs/demo-check-sites
 	$(BIN)/fedcanvas simulate demo --rounds 3 --out runs/demo-check
 	test -s runs/demo-check/sheet.png
 	test -s runs/demo-check/result.json
