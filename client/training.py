@@ -146,7 +146,8 @@ def site_update(
         real = torch.from_numpy(noised).to(of_fakes.total) * (plan.lattice / expected_at_site)
         take_step(discriminator, optimizer, real + of_fakes.total / len(of_fakes.norms))
     update = flat_parameters(discriminator).astype(np.float64) - before
-    return np.rint(update / UPDATE_LATTICE).astype(np.int64)
+    lattice_units: np.ndarray = np.rint(update / UPDATE_LATTICE).astype(np.int64)
+    return lattice_units
 
 
 def site_moments(

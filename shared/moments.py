@@ -90,7 +90,8 @@ class MomentFit:
 
     def expected_features(self, conditioning: Tensor) -> Tensor:
         """Mean pooled features `(B, F)` that real images with the captions of `conditioning` `(B, E)` have."""
-        return conditioning @ self.regression[:, 1:].t() + self.regression[:, 0]
+        expected: Tensor = conditioning @ self.regression[:, 1:].t() + self.regression[:, 0]
+        return expected
 
 
 def _feature_count(feature_shape: tuple[int, ...]) -> int:

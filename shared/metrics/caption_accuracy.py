@@ -114,7 +114,11 @@ class CaptionAccuracy:
             held_out = _restore(classifier, cached)
             if held_out is None:
                 progress(f"training the measuring classifier on {len(rows)} public reference pictures")
+                # One thread: the same weights on every machine, and two get in each other's way beside other work.
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)
                 held_out = _train(classifier, images, targets)
+                torch.set_num_threads(threads)
                 _keep(classifier, held_out, cached)
         return cls(classifier.eval(), values, _meanings(reference, values), held_out)
 

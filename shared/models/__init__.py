@@ -8,7 +8,7 @@ K conditioning · Z latents.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from shared.models.discriminator import Discriminator, check_examples_independen
 from shared.models.generator import Generator
 from shared.registry import Registry
 
-DISCRIMINATORS: Registry[type[Discriminator]] = Registry(
+DISCRIMINATORS: Registry[Callable[..., Discriminator]] = Registry(
     "discriminator",
     {
         "front": "shared.models.front_discriminator:FrontDiscriminator",
@@ -27,7 +27,7 @@ DISCRIMINATORS: Registry[type[Discriminator]] = Registry(
         "toy": "shared.models.toy_discriminator:ToyDiscriminator",
     },
 )
-GENERATORS: Registry[type[Generator]] = Registry("generator", {"film": "shared.models.film_generator:FilmGenerator"})
+GENERATORS: Registry[Callable[..., Generator]] = Registry("generator", {"film": "shared.models.film_generator:FilmGenerator"})
 
 __all__ = [
     "DISCRIMINATORS",

@@ -16,7 +16,8 @@ class ConvDiscriminator(Discriminator):
 
     def __init__(self, *, data: DataConfig, settings: DiscriminatorConfig, embedding_dim: int) -> None:
         stack: list[Window] = []
-        side, factor = data.image_size, 1
+        side: int = data.image_size
+        factor = 1
         while side > 4:
             stack.append(Window(4, 2, 1, factor * max(4, settings.width // FIRST_SHARE)))
             side, factor = stack[-1].side(side), min(2 * factor, MAX_FACTOR)

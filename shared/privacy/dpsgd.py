@@ -129,7 +129,7 @@ def _fused_sum(
         # The Gram form may round a vanishing norm below zero.
         norms = torch.where(squared.isnan(), squared, squared.clamp(min=0)).sqrt()
         factors = (clipping_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
-        sums: dict[nn.Parameter, Tensor] = {}
+        sums: dict[Tensor, Tensor] = {}
         for record, inputs, outputs, rows in layers:
             if rows is not None:
                 sums[record.layer.weight] = factors @ rows.flatten(1)
