@@ -27,7 +27,9 @@ DISCRIMINATORS: Registry[Callable[..., Discriminator]] = Registry(
         "toy": "shared.models.toy_discriminator:ToyDiscriminator",
     },
 )
-GENERATORS: Registry[Callable[..., Generator]] = Registry("generator", {"film": "shared.models.film_generator:FilmGenerator"})
+GENERATORS: Registry[Callable[..., Generator]] = Registry(
+    "generator", {"film": "shared.models.film_generator:FilmGenerator"}
+)
 
 __all__ = [
     "DISCRIMINATORS",
