@@ -185,7 +185,8 @@ def file_map() -> Iterator[str]:
         paths = [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in (".py", ".md") and p.stat().st_size]
         if not paths:
             continue
-        yield f"**{folder}/**"
+        # Tests are many and named after what they test: folded, so that the map stays a map.
+        yield f"<details><summary><b>{folder}/</b></summary>" if folder == "tests" else f"**{folder}/**"
         yield ""
         yield "| file | what it is |"
         yield "|---|---|"
@@ -194,16 +195,19 @@ def file_map() -> Iterator[str]:
                 name = path.relative_to(ROOT)
                 yield f"| [`{name.relative_to(folder)}`]({name}) | {text} |"
         yield ""
+        if folder == "tests":
+            yield "</details>"
+            yield ""
 
 
 def summary(path: Path) -> str:
-    """The first sentence or line of a Python file's docstring; the title of a page."""
+    """The first sentence of a Python file's docstring; the title of a page."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return text.partition("\n")[0].lstrip("# ")
     first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
     first = " ".join(first.split())
-    return re.split(r"(?<=[.:;]) ", first)[0].rstrip(".:;").replace("|", "\\|")
+    return re.split(r"(?<=\.) ", first)[0].rstrip(".:").replace("|", "\\|")
 
 
 if __name__ == "__main__":
