@@ -75,17 +75,22 @@ def contact_sheet(cells: Sequence[SheetCell], *, title: str, notes: Sequence[str
     return encode_png(_with_words(canvas, words))
 
 
-def wrapped(text: str, characters: int, *, most: int = 2) -> list[str]:
-    """`text` in at most `most` lines of about `characters` Latin characters; what is left over becomes an ellipsis."""
+def wrapped(text: str, columns: int, *, most: int = 2) -> list[str]:
+    """`text` in at most `most` lines of `columns` Latin letters; what is left over becomes an ellipsis."""
     lines = [""]
     for word in _breakable(text):
-        if _columns(lines[-1] + word.rstrip()) <= characters or not lines[-1]:
-            lines[-1] += word
-        else:
-            lines.append(word.lstrip())
-    lines = [piece for line in lines for piece in _chopped(line.strip(), characters)]
+        if lines[-1] and _columns(lines[-1] + word.rstrip()) > columns:
+            lines.append("")
+        for character in word:  # a word longer than a line is broken where it must be
+            if _columns(lines[-1] + character) > columns and character != " ":
+                lines.append("")
+            lines[-1] += character
+    lines = [line.strip() for line in lines]
     if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1][: max(1, characters - 1)].rstrip() + "…"]
+        last = lines[most - 1]
+        while _columns(last) > columns - 1:
+            last = last[:-1]
+        lines = [*lines[: most - 1], last.rstrip() + "…"]
     return lines
 
 
@@ -93,16 +98,11 @@ def _breakable(text: str) -> list[str]:
     """Words with the blank after them; scripts without blanks break anywhere."""
     parts: list[str] = []
     for character in " ".join(text.split()):
-        wide = unicodedata.east_asian_width(character) in "WF"
-        if not parts or wide or parts[-1].endswith(" ") or unicodedata.east_asian_width(parts[-1][-1]) in "WF":
+        if not parts or parts[-1].endswith(" ") or _columns(character) > 1 or _columns(parts[-1][-1]) > 1:
             parts.append(character)
         else:
             parts[-1] += character
     return parts
-
-
-def _chopped(line: str, characters: int) -> list[str]:
-    return [line[start : start + characters] for start in range(0, max(1, len(line)), max(1, characters))]
 
 
 def _columns(text: str) -> int:

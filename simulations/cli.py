@@ -108,8 +108,8 @@ def simulate(
     }  # fmt: skip
     overlay = _overlay(config, {key: value for key, value in named.items() if value is not None}, settings or [])
     asked = {
-        "scenario": scenario, "data": [str(path.resolve()) for path in data] if data else None,
-        "reference": str(reference.resolve()) if reference else None, "partition": partition,
+        "scenario": scenario, "data": [str(path) for path in data] if data else None,
+        "reference": str(reference) if reference else None, "partition": partition,
         "attribute": attribute, "alpha": alpha,
     }  # fmt: skip
     began = time.monotonic()
@@ -182,6 +182,9 @@ def _new_run(
         flat["federation.sites"] = len(paths)
         if asked["partition"]:
             raise UsageError("--partition divides one data set, and --data names several", hint="leave one of them out")
+    for path in [*paths, *([Path(asked["reference"])] if asked["reference"] else [])]:
+        if not path.exists():
+            raise DataError(f"there is no data at {path}", hint="check the path")
     if not paths and not (scenario and scenario.shapes):
         needed = f"; {scenario.name} wants {scenario.data}" if scenario else ""
         raise UsageError("missing --data", hint=f"name a folder with captions.csv, or an .npz{needed}")
@@ -190,7 +193,7 @@ def _new_run(
     # What can be checked without data is, before data are made or decoded.
     stand_ins: dict[str, Scalar] = {"privacy.sampling-rate": 0.5, "federation.published-records": 10**6}
     checked = RunConfig.from_flat({**stand_ins, **flat}, origin="settings")
-    _check_device(checked)
+    _check_buildable(checked)
     pool = _public_prompts(prompts, scenario, paths)
     if not paths:
         assert scenario is not None
@@ -198,17 +201,18 @@ def _new_run(
     reference = asked["reference"]
     if reference is None and scenario is not None and scenario.shapes and not asked["data"]:
         count = min(REFERENCE_SHAPES, 3 * scenario.shapes)
-        reference = str(_made_shapes(out, count, REFERENCE_SEED, checked).resolve())
+        reference = str(_made_shapes(out, count, REFERENCE_SEED, checked))
     job = Job(
-        asked["scenario"], [str(path.resolve()) for path in paths], reference, asked["partition"] or "iid",
-        asked["attribute"], asked["alpha"] or 0.5,
+        asked["scenario"], [str(path.resolve()) for path in paths],
+        str(Path(reference).resolve()) if reference is not None else None, asked["partition"] or "iid",
+        asked["attribute"], 0.5 if asked["alpha"] is None else asked["alpha"],
     )  # fmt: skip
     datasets = _open_data(out, job, checked)
     if reference is not None:
         _open_reference(out, job, checked)
     config = _with_public_figures(flat, sum(map(len, datasets)))
-    plan = make_plan(config)
-    _check_enough(config, datasets, plan.private)
+    _check_enough(config, datasets)
+    make_plan(config)  # raises where no noise reaches the epsilon
     if pool is None:
         pool = _prompts_beside(paths)
     _write_sites(out, job, config, datasets)
@@ -219,6 +223,10 @@ def _new_run(
 def _same_job(out: Path, stored: Job, asked: Mapping[str, Any]) -> Job:
     for name, value in asked.items():
         before = getattr(stored, name)
+        if name == "data" and value is not None:
+            value = [str(Path(path).resolve()) for path in value]
+        elif name == "reference" and value is not None:
+            value = str(Path(value).resolve())
         if value is not None and value != before:
             raise RunDirectoryError(
                 f"{out} was started with another {name}: {before if before is not None else 'none'}",
@@ -227,11 +235,21 @@ def _same_job(out: Path, stored: Job, asked: Mapping[str, Any]) -> Job:
     return stored
 
 
-def _check_device(config: RunConfig) -> None:
+def _check_buildable(config: RunConfig) -> None:
+    """Everything that settings name exists and fits together: better said now than in the first round."""
     import torch
+
+    from shared.adversarial import build_loss
+    from shared.models import build_discriminator, build_generator
+    from shared.optimizers import build_optimizer
+    from shared.text import build_encoder
 
     if config.compute.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for and there is none here", hint="--device cpu")
+    encoder = build_encoder(config.text)
+    build_loss(config.discriminator)
+    build_optimizer(build_discriminator(config, embedding_dim=encoder.dim), config.discriminator_optimizer)
+    build_optimizer(build_generator(config, embedding_dim=encoder.dim), config.generator_optimizer)
 
 
 def _public_prompts(prompts: Path | None, scenario: Scenario | None, data: Sequence[Path]) -> PromptPool | None:
@@ -334,7 +352,7 @@ def _two_digits(count: int) -> int:
     return int(float(f"{count:.2g}"))
 
 
-def _check_enough(config: RunConfig, datasets: Sequence[ImageCaptionDataset], private: bool) -> None:
+def _check_enough(config: RunConfig, datasets: Sequence[ImageCaptionDataset]) -> None:
     """The plan's noise is made for the published figure: far fewer records drown in it."""
     records, published = sum(map(len, datasets)), config.federation.published_records
     if records < FEWEST_OF_PUBLISHED * published:
@@ -343,7 +361,7 @@ def _check_enough(config: RunConfig, datasets: Sequence[ImageCaptionDataset], pr
             hint=f"--set federation.published-records={_two_digits(records)}, or more data",
         )
     drawn = config.expected_batch_size / config.federation.sites
-    if private and drawn < 1:
+    if config.privacy.name != "none" and drawn < 1:
         raise DataError(
             f"too few records for the plan: a site draws {drawn:.2g} a step, the rest is noise",
             hint="raise privacy.sampling-rate, or take fewer sites or more data",

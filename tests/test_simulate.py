@@ -1,0 +1,370 @@
+"""`fedcanvas simulate` from data to pictures: what it writes, what it says, how it stops and goes on.
+
+One tiny federation with the production functions; the oracles are the files on disk and the accountants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from shared.cli import run
+from shared.data import ImageCaptionDataset
+from shared.privacy.accounting import spent_epsilon
+from simulations.cli import _two_digits, _with_public_figures
+from simulations.progress import RunProgress, duration
+from simulations.shapes import make_shapes
+
+SMALL = [
+    "--rounds", "3", "--set", "evaluation.samples=96", "--set", "evaluation.every=2", "--set", "training.fakes=8",
+    "--set", "training.generator-batch=8", "--set", "compute.checkpoint-every=2", "--set", "compute.server-threads=1",
+    "--set", "privacy.retry-slack=3", "--set", "federation.published-records=90",
+]  # fmt: skip
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data of 90 shapes and a reference set of 300 from another seed."""
+    folder = tmp_path_factory.mktemp("simulate")
+    make_shapes(folder / "data", count=90, seed=1, image_size=8)
+    make_shapes(folder / "reference", count=300, seed=2, image_size=8)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.metrics.caption_accuracy.LEAST_STEPS", 10)
+    monkeypatch.setattr("shared.metrics.caption_accuracy.LEAST_PICTURES", 2)
+
+
+def arguments(places: Path, out: Path, *more: str) -> list[str]:
+    data = ["--data", str(places / "data"), "--reference", str(places / "reference")]
+    return ["simulate", "toy", *data, "--out", str(out), *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(places: Path) -> tuple[Path, dict[str, Any], str]:
+    """(run directory, result as printed, talk) of an undisturbed run."""
+    out = places / "runs/a"
+    script = (
+        "import sys; from shared.metrics import caption_accuracy as c; c.LEAST_STEPS = 10; c.LEAST_PICTURES = 2\n"
+        "from shared.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, *arguments(places, out, "--json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return out, json.loads(ended.stdout), ended.stderr
+
+
+def test_the_result_on_stdout_is_the_one_on_disk(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, result, _ = finished
+    assert json.loads((out / "result.json").read_text()) == result
+
+
+def test_a_run_leaves_sheet_samples_model_and_figures(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, result, _ = finished
+    sheet = cv2.imread(str(out / "sheet.png"))
+    assert sheet.shape[1] > 400
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["round-00002.png", "round-00003.png"]
+    assert {p.name for p in (out / "model").iterdir()} == {
+        "generator.safetensors", "discriminator.safetensors", "model.json",
+    }  # fmt: skip
+    accuracy = result["metrics"]["caption-accuracy"]
+    assert accuracy["n"] == 96
+    assert set(accuracy["accuracy"]) == {"colour", "shape", "size", "background", "all"}
+    assert accuracy["chance"]["all"] == pytest.approx(1 / 96)
+    assert result["seconds"]["training"] > 0
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_epsilon_in_the_result_is_that_of_the_steps_taken(finished: tuple[Path, dict[str, Any], str]) -> None:
+    _, result, _ = finished
+    privacy = result["privacy"]
+    assert set(privacy["epsilon_per_site"]) == {"site-00", "site-01"}
+    assert privacy["steps_charged"] == ROUNDS
+    expected = spent_epsilon(
+        sampling_rate=privacy["sampling_rate"], noise_multiplier=privacy["noise_multiplier"], steps=ROUNDS,
+        delta=privacy["delta"],
+    )  # fmt: skip
+    for epsilon in privacy["epsilon_per_site"].values():
+        assert epsilon["prv"] == pytest.approx(expected.prv)
+        assert epsilon["pld"] == pytest.approx(expected.pld)
+        assert epsilon["rdp"] == pytest.approx(expected.rdp)
+        assert epsilon["epsilon"] == max(epsilon["prv"], epsilon["pld"]) < privacy["target_epsilon"]
+    assert (privacy["adjacency"], privacy["unit"], privacy["entropy"]) == ("add/remove", "example", "seeded")
+
+
+def test_the_run_says_before_it_starts_how_long_it_will_take(finished: tuple[Path, dict[str, Any], str]) -> None:
+    lines = finished[2].splitlines()
+    estimate = next(place for place, line in enumerate(lines) if line.startswith("this will take about"))
+    first_round = next(place for place, line in enumerate(lines) if line.startswith("round 1/"))
+    assert estimate < first_round
+    assert not any("\r" in line or "\x1b" in line for line in lines)  # plain lines where there is no terminal
+
+
+def test_the_next_commands_that_are_named_work(
+    finished: tuple[Path, dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in finished[1]["next"]:
+        program, *rest = shlex.split(command)
+        assert program == "fedcanvas"
+        assert run(rest) == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 17  # 16 and their sheet
+
+
+def test_nothing_of_a_site_is_in_the_run_directory(
+    finished: tuple[Path, dict[str, Any], str], places: Path
+) -> None:
+    out, _, talk = finished
+    data = places / "data"
+    pixels = {hashlib.sha256(p.read_bytes()).hexdigest() for p in (data / "images").iterdir()}
+    for file in out.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert hashlib.sha256(content).hexdigest() not in pixels
+            assert b"000000.png" not in content  # names of a site's files
+            assert file.suffix not in (".npy", ".u8")
+    assert "000000.png" not in talk
+    # What only the sites know lies beside it.
+    assert (out.with_name("a-sites") / "site-00/indices.npy").is_file()
+
+
+def test_captions_that_are_no_prompts_appear_nowhere(tmp_path: Path, places: Path) -> None:
+    secret = "a photograph of Johanna Quixbury"
+    data = tmp_path / "data"
+    make_shapes(data, count=90, seed=3, image_size=8)
+    table = (data / "captions.csv").read_text().splitlines()
+    rows = [line.split(",") for line in table]
+    text = [",".join([row[0], secret, *row[2:]]) if place else table[0] for place, row in enumerate(rows)]
+    (data / "captions.csv").write_text("\n".join(text) + "\n")
+    out = tmp_path / "run"
+    given = ["simulate", "toy", "--data", str(data), "--out", str(out), *SMALL, "--set", "privacy.name=none"]
+    assert run(given) == 0
+    for file in out.rglob("*"):
+        assert not file.is_file() or b"Quixbury" not in file.read_bytes(), file
+
+
+def test_settings_come_from_scenario_then_file_then_options_then_set(
+    tmp_path: Path, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.toml").write_text(
+        "seed = 5\n[federation]\nrounds = 7\nsites = 5\n[privacy]\nclipping-norm = 3.0\n[training]\nfakes = 16\n"
+    )
+    monkeypatch.setattr("simulations.cli._train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    given = [
+        "simulate", "toy", "--data", str(places / "data"), "--out", str(tmp_path / "a"), "--config",
+        str(tmp_path / "run.toml"), "--rounds", "8", "--sites", "3", "--set", "federation.rounds=9",
+        "--set", "privacy.name=none", "--set", "federation.published-records=90",
+    ]  # fmt: skip
+    assert run(given) == 130
+    stored = tomllib.loads((tmp_path / "a/config.toml").read_text())
+    assert stored["federation"]["rounds"] == 9  # --set over --rounds
+    assert stored["federation"]["sites"] == 3  # option over file
+    assert stored["privacy"]["clipping-norm"] == 3.0  # file over scenario
+    assert stored["seed"] == 5
+    assert stored["privacy"]["sampling-rate"] == 0.2  # scenario
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, server_round: int, error: BaseException) -> None:
+    plain = RunProgress.on_round
+
+    def on_round(self: RunProgress, number: int, figures: Mapping[str, float]) -> None:
+        plain(self, number, figures)
+        if number == server_round:
+            raise error
+
+    monkeypatch.setattr(RunProgress, "on_round", on_round)
+
+
+def test_ctrl_c_then_the_command_that_is_named_ends_in_the_same_weights(
+    finished: tuple[Path, dict[str, Any], str], places: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "stopped run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, KeyboardInterrupt())
+        assert run(arguments(places, out)) == 130
+    hint = capsys.readouterr().err.splitlines()[-1]
+    command = re.search(r"`fedcanvas (.*)`", hint)
+    assert command is not None
+    assert run([*shlex.split(command[1]), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["weights_digest"] == finished[1]["weights_digest"]
+    assert result["privacy"]["steps_charged"] == ROUNDS  # its noised sum had arrived: nothing was asked again
+    for name in ("events.jsonl", "samples/round-00002.png", "model/generator.safetensors"):
+        assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_sigkill_at_any_moment_then_resume_ends_in_the_same_weights(
+    finished: tuple[Path, dict[str, Any], str], places: Path, tmp_path: Path, seed: int
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "shared.cli", *arguments(places, out, "--resume", "--json")]
+    delays = np.random.default_rng(seed).uniform(0.5, 14, size=3)
+    for delay in delays:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["weights_digest"] == finished[1]["weights_digest"]
+    assert ROUNDS <= result["privacy"]["steps_charged"] <= ROUNDS + 3
+
+
+def test_a_finished_run_that_is_resumed_shows_its_result_again(
+    finished: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["simulate", "--resume", "--out", str(finished[0])]) == 0
+    text = capsys.readouterr().out
+    accuracy, privacy = finished[1]["metrics"]["caption-accuracy"], finished[1]["privacy"]
+    for name, value in accuracy["accuracy"].items():
+        assert re.search(rf"^  {name} +{value:.3f} ", text, flags=re.MULTILINE)
+    assert re.search(rf"site-01 +{privacy['epsilon_per_site']['site-01']['prv']:.3f} ", text)
+    assert all(word in text for word in ("PRV", "PLD", "RDP", "at delta 1e-04", "add/remove", "from seed 0"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--rounds", "4"], "federation.rounds 3 -> 4"),
+        (["--data", "/"], "another data"),
+        (["--partition", "dirichlet"], "another partition"),
+    ],
+)
+def test_resume_with_another_request_is_refused_and_says_what_differs(
+    finished: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str], change: list[str], named: str
+) -> None:
+    assert run(["simulate", "--resume", "--out", str(finished[0]), *change]) == 8
+    assert named in capsys.readouterr().err
+
+
+def test_an_out_that_holds_a_run_is_refused_at_once(
+    finished: tuple[Path, dict[str, Any], str], places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(places, finished[0])) == 8
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_resume_of_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", "--resume", "--out", str(tmp_path / "typo")]) == 8
+    assert "no run directory" in capsys.readouterr().err
+
+
+def test_several_data_are_one_site_each(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simulations.cli._train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    given = ["simulate", "--out", str(tmp_path / "a"), "--set", "data.image-size=8", "--delta", "1e-4"]
+    given += ["--data", str(places / "data"), "--data", str(places / "reference"), "--set", "privacy.name=none"]
+    given += ["--set", "discriminator.name=toy"]
+    assert run(given) == 130
+    assert tomllib.loads((tmp_path / "a/config.toml").read_text())["federation"]["sites"] == 2
+    sites = [tomllib.loads((tmp_path / f"a-sites/site-0{place}/site.toml").read_text()) for place in (0, 1)]
+    assert [Path(site["data"]).name for site in sites] == ["data", "reference"]
+    assert not any("indices" in site for site in sites)
+
+
+def test_several_data_and_another_number_of_sites_are_refused(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = ["--data", str(places / "data"), "--data", str(places / "reference")]
+    assert run(["simulate", "toy", "--out", str(tmp_path / "a"), *two, "--sites", "3"]) == 2
+    assert "--data names 2 folders and --sites 3" in capsys.readouterr().err
+
+
+def test_too_few_records_for_the_plan_are_refused_with_the_next_step(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["simulate", "toy", "--out", str(tmp_path / "a"), "--data", str(places / "data")]) == 4
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error == "error: too few records for the plan: 90 are there, it is made for 400"
+    assert "federation.published-records=90" in hint
+
+
+def test_damaged_rows_are_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shapes(tmp_path / "data", count=90, seed=1, image_size=8)
+    for place in range(5):
+        (tmp_path / f"data/images/00000{place}.png").write_bytes(b"no image")
+    monkeypatch.setattr("simulations.cli._train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    given = ["simulate", "toy", "--out", str(tmp_path / "a"), "--data", str(tmp_path / "data")]
+    assert run([*given, "--set", "federation.published-records=90", "--set", "privacy.name=none"]) == 130
+    talk = capsys.readouterr().err
+    assert "row 2, images/000000.png: it cannot be decoded as an image: skipped" in talk
+    assert "5 rows are skipped in all" in talk
+
+
+@pytest.mark.parametrize(
+    ("records", "published", "rate"),
+    [(20_000, 20_000, 0.102), (364, 360, 0.25), (5_000, 5_000, 0.25), (60_000, 60_000, 0.0341), (1_049, 1_000, 0.25)],
+)
+def test_public_figures_that_nobody_gave_are_chosen_by_the_rule_and_said(
+    records: int, published: int, rate: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _with_public_figures({"privacy.delta": 1e-5}, records)
+    assert config.federation.published_records == published
+    assert config.privacy.sampling_rate == rate
+    assert config.expected_batch_size == pytest.approx(min(published / 4, 2048), rel=0.01)
+    talk = capsys.readouterr().err
+    assert f"{published:,}" in talk
+    assert f"q = {rate:g}" in talk
+
+
+def test_rounding_to_two_digits_is_off_by_at_most_five_percent() -> None:
+    for count in range(10, 3000):
+        assert abs(_two_digits(count) - count) <= 0.0501 * count
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")]
+)
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_log_gets_a_line_now_and_then_and_not_one_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunProgress(100, terminal=False) as progress:
+        for server_round in range(1, 101):
+            progress.on_round(server_round, {"fakes_accuracy": 0.5})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["round 1/100", "round 100/100"]
+
+
+def test_a_terminal_gets_a_bar_with_the_remaining_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunProgress(3, terminal=True) as progress:
+        for server_round in (1, 2, 3):
+            progress.on_round(server_round, {"fakes_accuracy": 0.5})
+        progress.on_message("samples: [bold]x[/bold]")
+    text = capsys.readouterr().err
+    assert "3/3" in text
+    assert "left" in text
+    assert "samples: [bold]x[/bold]" in text  # no markup is read from names
+
+
+def test_every_picture_of_a_dataset_is_at_one_site(finished: tuple[Path, dict[str, Any], str]) -> None:
+    rows = [np.load(p) for p in sorted(finished[0].with_name("a-sites").glob("site-*/indices.npy"))]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(90))
+
+
+def test_the_type_that_sites_hold_shows_nothing_when_printed() -> None:
+    dataset = ImageCaptionDataset(images=np.zeros((1, 8, 8, 3), np.uint8), captions=[("secret words",)])
+    assert "secret" not in repr(dataset)
