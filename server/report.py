@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ figure svg, figure img { max-width: 100%; height: auto; }
 img.sheet { border: 1px solid #ddd; }
 .warning { border-left: 4px solid #b3541e; padding: .25rem 0 .25rem .8rem; background: #fdf4ee; }
 summary { cursor: pointer; } code { font-size: .9em; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } h2 { break-after: avoid; }
-  figure, table { break-inside: avoid; } details.long { display: none; } .curves { grid-template-columns: 1fr 1fr; } }
+@media print { body { max-width: none; padding: 0; font-size: 11pt; } h2, h2 + p { break-after: avoid; }
+  figure, tr { break-inside: avoid; } details.long { display: none; } .curves { grid-template-columns: 1fr 1fr; } }
 """
 
 PROTECTED = (
@@ -177,7 +178,8 @@ def _curves(
         finite = [(number, value) for number, value in taken if math.isfinite(value)]
         return Line(name, [number for number, _ in finite], [value for _, value in finite])
 
-    seconds = {line["server_round"]: float(line["seconds"]) for line in timings}
+    # Not the first round of a process, which opens the data.
+    seconds = {line["server_round"]: float(line["seconds"]) for line in timings[1:]}
     charts = [
         ("The discriminator on fresh fakes", "part told to be fake", [of("fakes_accuracy", "moving average")]),
         ("Losses on fakes", "loss", [of("fakes_loss", "discriminator"), of("generator_loss", "generator")]),
@@ -214,10 +216,9 @@ def _settings(run: RunDirectory) -> list[str]:
     versions = [[name, value] for name, value in run.read_json("versions.json").items()]
     return [
         "<h2>Settings</h2>",
-        "<details><summary>All settings of the run</summary>",
         _table(["setting", "value", "meaning"], rows, text_from=1),
-        "</details>",
-        "<details><summary>Versions</summary>", _table(["", "version"], versions), "</details>",
+        "<h2>Versions</h2>",
+        _table(["", "version"], versions, text_from=1),
         '<details class="long"><summary>Public prompts</summary>', _list(run.prompts), "</details>",
     ]  # fmt: skip
 
@@ -247,9 +248,12 @@ def _chart(title: str, y_label: str, lines: Sequence[Line], *, x_label: str) -> 
         figure = Figure(figsize=(5.4, 3.0), layout="constrained")
         axes = figure.add_subplot()
         for place, line in enumerate(line for line in lines if line.values):
+            colour, window = COLOURS[place % 3], len(line.values) // 40
+            if window > 1:  # what jumps from round to round is drawn thin, behind its moving average
+                axes.plot(line.rounds, line.values, color=colour, linewidth=0.8, alpha=0.25)
             axes.plot(
-                line.rounds, line.values, label=line.name, color=COLOURS[place % 3], linestyle=STYLES[place % 3],
-                linewidth=1.8, marker="." if len(line.rounds) < 3 else None,
+                line.rounds, _smoothed(line.values, window), label=line.name, color=colour, linewidth=1.8,
+                linestyle=STYLES[place % 3], marker="." if len(line.rounds) < 3 else None,
             )  # fmt: skip
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel(x_label)
@@ -267,6 +271,13 @@ def _chart(title: str, y_label: str, lines: Sequence[Line], *, x_label: str) -> 
     alternative = f"{title}. " + " ".join(_described(line, x_label) for line in lines if line.values)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{_text(alternative)}"', 1)
     return f"<figure>{svg}<figcaption>{_text(alternative)}</figcaption></figure>"
+
+
+def _smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of `window` values before and after each; fewer at the ends."""
+    totals = [0.0, *itertools.accumulate(values)]
+    spans = [(max(0, place - window), min(len(values), place + window + 1)) for place in range(len(values))]
+    return [(totals[end] - totals[start]) / (end - start) for start, end in spans]
 
 
 def _described(line: Line, x_label: str) -> str:

@@ -1,7 +1,8 @@
 """How long a run will take: a round is tried out on noise pictures, in this process, before anything begins.
 
 It runs the functions of the real round, at the real sizes and numbers of threads, on throw-away public input.
-Not covered: what the engine adds (messages, Ray's start), other work on the machine, and the final evaluation.
+Not covered: what the engine adds (messages, Ray's start), other work on the machine, generator steps that the
+ladder adds or leaves out on the way, and the final evaluation.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def _estimate(config: RunConfig, plan: PrivacyPlan, prompts: PromptPool) -> Esti
         return site_gradient(copies[place], records, **shared)  # type: ignore[arg-type]
 
     def server() -> None:
-        training.step(np.zeros(parameter_count(training.discriminator), np.int64), federation.sites, 1)
+        # As in the last round: the first ones may take no generator steps.
+        nothing = np.zeros(parameter_count(training.discriminator), np.int64)
+        training.step(nothing, federation.sites, federation.rounds)
 
     with ThreadPoolExecutor(together) as pool:
         sites = _best_of(lambda: list(pool.map(site, range(together)))) * math.ceil(federation.sites / together)
