@@ -35,7 +35,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2r
 h1 + p { margin-top: 0; color: #444; }
 table { border-collapse: collapse; margin: .5rem 0; }
 th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; } th.text, td.text { text-align: left; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 1.5rem; }
 figure svg, figure img { max-width: 100%; height: auto; }
@@ -299,11 +299,11 @@ def _image(png: bytes, alternative: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "", text_from: int = 99) -> str:
     # A paragraph, since a browser makes a caption no wider than its table.
     note = f"<p>{_text(caption)}</p>" if caption else ""
-    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
+    kinds = [' class="text"' if place >= text_from else "" for place in range(len(head))]
+    heads = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True))
     lines = []
     for first, *cells in rows:
-        kinds = (' class="text"' if place >= text_from else "" for place in range(1, len(cells) + 1))
-        text = "".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True))
+        text = "".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds[1:], cells, strict=True))
         lines.append(f'<tr><th scope="row">{_text(first)}</th>{text}</tr>')
     return f"{note}<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 

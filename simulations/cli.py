@@ -9,9 +9,11 @@ Not here: learning and rounds (`client`, `server`), and what a finished run is a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from shared.errors import ConfigError, DataError, FedCanvasError, RunDirectoryEr
 if TYPE_CHECKING:
     from shared.config import RunConfig, Scalar
     from shared.data import ImageCaptionDataset
+    from shared.data.source import Split
     from shared.prompts import PromptPool
     from shared.rundir import RunDirectory
     from simulations.scenarios import Scenario
@@ -167,7 +170,7 @@ def _new_run(
 ) -> tuple[RunDirectory, Job]:
     from shared.config import RunConfig
     from shared.privacy.plan import make_plan
-    from shared.rundir import RunDirectory
+    from shared.rundir import RunDirectory, write_whole
     from simulations.scenarios import scenario_called
 
     scenario = scenario_called(asked["scenario"]) if asked["scenario"] else None
@@ -216,6 +219,7 @@ def _new_run(
     if pool is None:
         pool = _prompts_beside(paths)
     _write_sites(out, job, config, datasets)
+    write_whole(_data_digest_path(out), _data_digest(datasets).encode())
     run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents={JOB: asdict(job)})
     return run, job
 
@@ -326,10 +330,27 @@ def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDatas
 
     if job.reference is None:
         return None
+    path = Path(job.reference)
+    split = _reference_split(path)
+    if split == "train" and job.reference in job.data:
+        # The sheet shows pictures of the reference set, and the classifier learns them: both would leave the site.
+        raise UsageError(
+            f"--reference names a site's own data: {path}",
+            hint="name public pictures that no site holds, or leave --reference out",
+        )
     return open_dataset(
-        Path(job.reference), config=config.data, cache_dir=_sites_folder(out) / "cache",
+        path, config=config.data, cache_dir=_sites_folder(out) / "cache", split=split,
         progress=StepProgress("decoding the public reference set"),
     )  # fmt: skip
+
+
+def _reference_split(path: Path) -> Split:
+    """The test pictures of an `.npz` that has some; everything else is one split."""
+    try:
+        with zipfile.ZipFile(path) as arrays:
+            return "test" if "x_test.npy" in arrays.namelist() else "train"
+    except (OSError, zipfile.BadZipFile):
+        return "train"
 
 
 def _with_public_figures(flat: Mapping[str, Scalar], records: int) -> RunConfig:
@@ -397,6 +418,20 @@ def _write_sites(out: Path, job: Job, config: RunConfig, datasets: Sequence[Imag
     return paths
 
 
+def _data_digest_path(out: Path) -> Path:
+    return _sites_folder(out) / "data.sha256"
+
+
+def _data_digest(datasets: Sequence[ImageCaptionDataset]) -> str:
+    """Of every pixel and caption; as private as they are, so it stays with the sites."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        for start in range(0, len(dataset), 4096):
+            digest.update(dataset.images[start : start + 4096].tobytes())
+        digest.update(json.dumps(dataset.captions).encode())
+    return digest.hexdigest() + "\n"
+
+
 def _npy(array: Any) -> bytes:
     import io
 
@@ -421,6 +456,12 @@ def _train(run: RunDirectory, job: Job, engine: str) -> None:
     done = checkpoint[0] if checkpoint else 0
     plan = make_plan(config)
     datasets = _open_data(run.path, job, config)
+    digest = _data_digest_path(run.path)
+    if digest.is_file() and digest.read_text() != _data_digest(datasets):
+        raise RunDirectoryError(
+            f"the data have changed since the run in {run.path} began",
+            hint="put them back as they were, or start a new run: this one would end in other weights",
+        )
     site_dirs = _write_sites(run.path, job, config, datasets)
     say(_plan_line(config, plan))
     if done < config.federation.rounds:
@@ -550,8 +591,8 @@ def _result_text(out: Path, result: Mapping[str, Any]) -> str:
     lines = [f"{out}: {result['rounds']} rounds in {duration(result['seconds']['training'])} of training", ""]
     if "accuracy" in accuracy:
         lines += [
-            f"accuracy of {accuracy['n']} pictures, told by a classifier that was trained on the real pictures of",
-            f"{accuracy['reference']}, none of which is at a site; 'real' is the same on real pictures it has not seen",
+            f"accuracy of {accuracy['n']} pictures, told by a classifier trained on real pictures of the public",
+            f"reference set {accuracy['reference']}; 'real' is the same on real pictures it has not seen",
             f"  {'':<14}{'generated':>10}{'real':>8}{'chance':>8}",
         ]
         for name, value in accuracy["accuracy"].items():

@@ -25,7 +25,7 @@ import pytest
 from shared.cli import run
 from shared.data import ImageCaptionDataset
 from shared.privacy.accounting import spent_epsilon
-from simulations.cli import _two_digits, _with_public_figures
+from simulations.cli import _reference_split, _two_digits, _with_public_figures
 from simulations.progress import RunProgress, duration
 from simulations.shapes import make_shapes
 
@@ -211,6 +211,21 @@ def test_ctrl_c_then_the_command_that_is_named_ends_in_the_same_weights(
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes()
 
 
+def test_a_run_whose_data_have_changed_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    make_shapes(data, count=90, seed=1, image_size=8)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, KeyboardInterrupt())
+        given = ["simulate", "toy", "--data", str(data), "--out", str(out), *SMALL]
+        assert run([*given, "--set", "privacy.name=none"]) == 130
+    table = data / "captions.csv"
+    table.write_text(table.read_text().replace("a small", "a tiny", 1))
+    assert run(["simulate", "--resume", "--out", str(out)]) == 8
+    assert "the data have changed" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_sigkill_at_any_moment_then_resume_ends_in_the_same_weights(
@@ -268,6 +283,24 @@ def test_an_out_that_holds_a_run_is_refused_at_once(
 def test_resume_of_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", "--resume", "--out", str(tmp_path / "typo")]) == 8
     assert "no run directory" in capsys.readouterr().err
+
+
+def test_a_reference_set_that_is_a_sites_own_data_is_refused(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(places / "data")
+    assert run(["simulate", "toy", "--data", data, "--reference", data, "--out", str(tmp_path / "a"), *SMALL]) == 2
+    assert "--reference names a site's own data" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("arrays", "split"), [(("x_train", "x_test"), "test"), (("x_train",), "train")])
+def test_the_reference_of_arrays_with_a_test_split_is_that_split(
+    tmp_path: Path, arrays: tuple[str, ...], split: str
+) -> None:
+    np.savez(tmp_path / "a.npz", **{name: np.zeros(1) for name in arrays})
+    assert _reference_split(tmp_path / "a.npz") == split
+    assert _reference_split(tmp_path) == "train"
 
 
 def test_several_data_are_one_site_each(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ class CaptionAccuracy:
             cached = cache_dir / f"attributes-{_digest(images, targets)}.safetensors" if cache_dir else None
             held_out = _restore(classifier, cached)
             if held_out is None:
-                progress(f"training the measuring classifier on {len(rows)} public reference pictures")
+                progress(f"training the measuring classifier on {len(rows)} reference pictures, once: about a minute")
                 # One thread: the same weights on every machine, and two get in each other's way beside other work.
                 threads = torch.get_num_threads()
                 torch.set_num_threads(1)
