@@ -14,7 +14,6 @@ import numpy as np
 
 from server.sheet import SheetCell, contact_sheet
 from server.training import ServerTraining, sample
-from shared.config import RunConfig
 from shared.data import ImageCaptionDataset
 from shared.errors import DataError
 from shared.metrics import METRICS
@@ -106,11 +105,3 @@ def accuracy_rows(figures: Mapping[str, Any]) -> list[tuple[str, float, float, f
         (name, value, accuracy["held_out_real"][name], accuracy["chance"][name])
         for name, value in accuracy.get("accuracy", {}).items()
     ]
-
-
-def described(config: RunConfig) -> str:
-    """One line on who took part and at what privacy was aimed."""
-    federation, privacy = config.federation, config.privacy
-    sites = f"{federation.sites} site{'s' if federation.sites > 1 else ''}"
-    aim = "no privacy" if privacy.name == "none" else f"target epsilon {privacy.target_epsilon:g}"
-    return f"{sites}, {federation.rounds} rounds, {aim}"

@@ -78,13 +78,12 @@ class StepProgress:
     def __init__(self, what: str) -> None:
         self.what = what
         self._told = time.monotonic()
-        self._open = False
 
     def __call__(self, done: int, total: int) -> None:
         now, finished = time.monotonic(), done >= total
         if sys.stderr.isatty():
             if finished or now - self._told > 0.1:
-                self._told, self._open = now, not finished
+                self._told = now
                 print(f"\r{self.what}: {done} of {total}", end="\n" if finished else "", file=sys.stderr, flush=True)
         elif finished or now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now
