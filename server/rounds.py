@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
-from shared.prompts import PromptPool
 
 from server.aggregation import combine
 from server.training import ServerTraining
@@ -23,6 +22,7 @@ from shared.errors import BudgetExhausted, FederationError, ProtocolError
 from shared.models import flat_parameters, parameter_count
 from shared.observer import Observer
 from shared.privacy.plan import PrivacyPlan
+from shared.prompts import PromptPool
 from shared.records import (
     MESSAGE_TYPES,
     Refusal,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Error, Message
-from shared.text import build_encoder
 from toy_federation import PROMPTS, make_run, make_sites, toy_config
 
 import client.site
@@ -24,6 +23,7 @@ from shared.observer import SilentObserver
 from shared.privacy.plan import make_plan
 from shared.records import Refusal, RefusalCode, decode_reply, encode_reply
 from shared.rundir import RunDirectory
+from shared.text import build_encoder
 from simulations.engines import LocalGrid, run_local
 
 NOT_PRIVATE = {"privacy.name": "none", "federation.rounds": 2}  # no noise to calibrate: quick

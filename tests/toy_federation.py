@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from shared.prompts import PromptPool
 
 from client.site import SiteConfig
 from shared.config import RunConfig, Scalar
+from shared.prompts import PromptPool
 from shared.rundir import RunDirectory
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230)}
