@@ -43,6 +43,20 @@ def dataset(count: int = 40, *, captions: Sequence[str] = PROMPTS.texts, seed: i
     return ImageCaptionDataset(images=images, captions=[(captions[i % len(captions)],) for i in range(count)])
 
 
+def two_colours(captions: Sequence[str]) -> ImageCaptionDataset:
+    """64 flat pictures, the even ones red, the odd ones blue."""
+    images = np.zeros((64, 8, 8, 3), dtype=np.uint8)
+    images[::2, :, :, 0] = 255
+    images[1::2, :, :, 2] = 255
+    return ImageCaptionDataset(images=images, captions=[(captions[i % 2],) for i in range(64)])
+
+
+def assert_two_colours(server: ServerTraining, captions: Sequence[str]) -> None:
+    red, blue = server.samples(captions, seed=0, indices=[0, 1]).astype(float).mean(axis=(1, 2))
+    assert red[0] > 1.5 * red[2]
+    assert blue[2] > 1.5 * blue[0]
+
+
 class Bench:
     """One site and the server of a small run, with the pieces that tests change."""
 
@@ -285,16 +299,12 @@ def test_a_server_that_is_loaded_goes_on_bit_for_bit(name: str) -> None:
 def test_training_without_noise_teaches_the_generator_a_colour(loss: str) -> None:
     """Red and blue 8 px images, no privacy: after some rounds each prompt's pictures have its colour."""
     captions = ("a red square", "a blue square")
-    images = np.zeros((64, 8, 8, 3), dtype=np.uint8)
-    images[::2, :, :, 0] = 255
-    images[1::2, :, :, 2] = 255
     config = settings(
         **{"privacy.name": "none", "discriminator.loss": loss, "federation.sites": 1, "federation.rounds": 60,
            "federation.published-records": 64, "privacy.sampling-rate": 0.5, "training.mode-seeking-weight": 0.1,
            "generator-optimizer.learning-rate": 5e-3}
     )  # fmt: skip
-    data = ImageCaptionDataset(images=images, captions=[(captions[i % 2],) for i in range(64)])
-    bench = Bench(config, data=data)
+    bench = Bench(config, data=two_colours(captions))
     prompts = PromptPool(captions)
     server = ServerTraining(config, bench.plan, prompts, bench.encoder)
     embeddings = bench.encoder.encode(prompts.texts)
@@ -302,9 +312,7 @@ def test_training_without_noise_teaches_the_generator_a_colour(loss: str) -> Non
         load_flat_parameters(bench.discriminator, flat_parameters(server.discriminator))
         reply = bench.gradient(server_round, prompts=prompts, prompt_embeddings=embeddings)
         server.step(reply, 1, server_round)
-    red, blue = server.samples(captions, seed=0, indices=[0, 1]).astype(float).mean(axis=(1, 2))
-    assert red[0] > 1.5 * red[2]
-    assert blue[2] > 1.5 * blue[0]
+    assert_two_colours(server, captions)
 
 
 def test_one_record_moves_the_moments_by_at_most_one() -> None:
@@ -355,3 +363,19 @@ def test_the_servers_warm_start_needs_only_the_message() -> None:
         assert server.digest != before
         digests.add(server.digest)
     assert len(digests) == 1
+
+
+def test_a_warm_start_alone_teaches_the_generator_a_colour() -> None:
+    """Once its learning rate was negative after the first step, and it left the generator worse than random."""
+    captions = ("a red square", "a blue square")
+    config = settings(
+        **{"privacy.name": "none", "warm-start.enabled": True, "warm-start.steps": 60, "federation.sites": 1,
+           "generator-optimizer.learning-rate": 5e-3}
+    )  # fmt: skip
+    bench = Bench(config, data=two_colours(captions))
+    server = ServerTraining(config, bench.plan, PromptPool(captions), bench.encoder)
+    message = site_moments(
+        bench.records, config=config, plan=bench.plan, discriminator=bench.discriminator, entropy=bench.entropy
+    )
+    server.warm_start(message, 1)
+    assert_two_colours(server, captions)
