@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import zipfile
@@ -56,9 +57,13 @@ def run(
 # ---- in this process
 
 
-def test_sites_side_by_side_give_the_bits_of_one_after_the_other(tmp_path: Path):
-    # 3x3 convolutions on 28 px, so that torch would use several threads where it may.
-    base = {"data.image-size": 28, "discriminator.width": 32, "federation.sites": 3, "federation.rounds": 3}
+@pytest.mark.parametrize(("kernel", "site_threads"), [("fused", 1), ("fused", 2), ("opacus", 2)])
+def test_sites_side_by_side_give_the_bits_of_one_after_the_other(kernel: str, site_threads: int, tmp_path: Path):
+    # Wide enough on 28 px that torch divides the work among the threads it may use.
+    base = {
+        "data.image-size": 28, "discriminator.width": 32, "federation.sites": 3, "federation.rounds": 3,
+        "privacy.kernel": kernel, "compute.site-threads": site_threads, "compute.server-threads": 2,
+    }  # fmt: skip
     outcomes = []
     for parallel in (1, 2, 3):
         client.site._SITES.clear()
@@ -245,7 +250,15 @@ def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the CLI starts its SuperLink by name
-    yield {**os.environ, "FLWR_HOME": str(home), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port, "PATH": path}
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as rays:  # names of sockets are short
+        yield {
+            **os.environ, "FLWR_HOME": str(home), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port, "PATH": path,
+            "RAY_TMPDIR": rays,
+        }  # fmt: skip
+        _end_what_runs_in(home)
+
+
+def _end_what_runs_in(home: Path) -> None:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"FLWR_HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
@@ -273,7 +286,9 @@ def test_flwr_run_on_a_fresh_home_ends_in_the_weights_of_the_local_engine(
         "--federation-config", "num-supernodes=2 client-resources-num-cpus=1", "--format", "json",
         cwd=nowhere, env=flower_home,
     )  # fmt: skip
-    run_id = json.loads(started[started.index("{") :])["run-id"]
+    answer = json.loads(started[started.index("{") :])
+    assert answer.get("success"), answer
+    run_id = answer["run-id"]
     status, until = "", time.monotonic() + 240
     while not status.startswith("finished") and time.monotonic() < until:
         time.sleep(2)
