@@ -95,6 +95,7 @@ class FederationConfig(Section):
 class DiscriminatorConfig(Section):
     name: str = Field("front", description="An entry of DISCRIMINATORS: front, conv, toy.")
     width: int = Field(64, ge=4, le=512, description="Channels of the deepest convolution.")
+    pooled_side: int = Field(2, ge=0, le=64, description="Cells a side that the last map is averaged to; 0 = as it is.")
     hidden: int = Field(64, ge=8, le=2048, description="Units before the projection on the text.")
     loss: str = Field("non-saturating", description="An entry of LOSSES: non-saturating, hinge.")
     wrong_prompt_weight: float = Field(0.5, ge=0, le=10, description="Weight of (same image, wrong public prompt).")

@@ -119,7 +119,7 @@ def test_the_gradient_of_windows_is_that_of_finite_differences() -> None:
 
 
 def test_a_head_of_windows_is_the_convolution_it_stands_for() -> None:
-    settings = config(**{"discriminator.name": "conv", "data.image-size": 28})
+    settings = config(**{"discriminator.name": "conv", "data.image-size": 28, "discriminator.pooled-side": 0})
     discriminator = build_discriminator(settings, embedding_dim=5)
     images = torch.rand(2, 3, 28, 28) * 2 - 1
     conditioning = torch.randn(2, 1, 5)
@@ -132,6 +132,20 @@ def test_a_head_of_windows_is_the_convolution_it_stands_for() -> None:
     expected = discriminator.output(hidden)[:, 0] + 3 * (hidden * discriminator.projection(conditioning[:, 0])).sum(1)
     logits = discriminator(discriminator.features(images)[:, None], conditioning)
     assert torch.allclose(logits[:, 0, 0], expected, atol=1e-4)
+
+
+def test_a_pooled_head_does_not_see_where_in_a_quarter_something_lies() -> None:
+    settings = config(**{"discriminator.name": "conv", "data.image-size": 32, "discriminator.pooled-side": 1})
+    discriminator = build_discriminator(settings, embedding_dim=5)
+    discriminator.stack = [discriminator.stack[0]._replace(padding=0)]
+    discriminator.convolutions = discriminator.convolutions[:1]
+    discriminator.hidden = nn.Linear(discriminator.stack[0].channels, 64)
+    image, moved = torch.zeros(2, 1, 3, 32, 32)
+    image[:, :, 4:8, 4:8] = 1
+    moved[:, :, 20:24, 12:16] = 1  # by a multiple of the stride, away from the border
+    conditioning = torch.randn(1, 1, 5)
+    logits = [discriminator(discriminator.features(x)[:, None], conditioning) for x in (image, moved)]
+    assert torch.allclose(*logits, atol=1e-5)
 
 
 def test_latents_do_not_depend_on_the_batch_and_come_from_philox() -> None:
