@@ -1,4 +1,4 @@
-"""What every discriminator is: fixed features, then windows into linear layers, then pooling and a projection on the text.
+"""What every discriminator is: fixed features, windows into linear layers, pooling, a projection on the text.
 
 Every layer with parameters is an `nn.Linear` called once a forward with the record axis first, so that
 one record's gradient is exact under Opacus's ghost clipping and under the fused kernel, with all views
