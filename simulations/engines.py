@@ -88,7 +88,7 @@ def run_ray(
         "gpu": config.compute.device == "cuda",
     }
     # Unix sockets have short names only: not below a long TMPDIR.
-    with rundir.lent(), tempfile.TemporaryDirectory(prefix="fedcanvas-", dir="/tmp") as home:
+    with rundir.lent(), tempfile.TemporaryDirectory(prefix=f"fedcanvas-{os.getpid()}-", dir="/tmp") as home:
         log = Path(home) / "engine.log"
         reading, writing = os.pipe()
         with open(reading, encoding="utf-8") as reports, log.open("wb") as output:
