@@ -119,7 +119,7 @@ def test_the_gradient_of_windows_is_that_of_finite_differences() -> None:
 
 
 def test_a_head_of_windows_is_the_convolution_it_stands_for() -> None:
-    settings = config(**{"discriminator.name": "conv", "data.image-size": 28, "discriminator.pooled-side": 0})
+    settings = config(**{"discriminator.name": "conv", "data.image-size": 28})
     discriminator = build_discriminator(settings, embedding_dim=5)
     images = torch.rand(2, 3, 28, 28) * 2 - 1
     conditioning = torch.randn(2, 1, 5)
@@ -139,7 +139,7 @@ def test_a_pooled_head_does_not_see_where_in_a_quarter_something_lies() -> None:
     discriminator = build_discriminator(settings, embedding_dim=5)
     discriminator.stack = [discriminator.stack[0]._replace(padding=0)]
     discriminator.convolutions = discriminator.convolutions[:1]
-    discriminator.hidden = nn.Linear(discriminator.stack[0].channels, 64)
+    discriminator.hidden = nn.Linear(discriminator.stack[0].channels, discriminator.hidden.out_features)
     image, moved = torch.zeros(2, 1, 3, 32, 32)
     image[:, :, 4:8, 4:8] = 1
     moved[:, :, 20:24, 12:16] = 1  # by a multiple of the stride, away from the border
