@@ -25,7 +25,7 @@ class Scenario:
 
     Attributes:
         data: what `--data` must hold, in words.
-        minutes: of training on two quiet cores, measured.
+        minutes: of training on two cores, about.
         prompts: public prompts that the scenario itself ships; empty when they lie beside the data.
         shapes: how many captioned shapes are made when no `--data` is given; 0 where data must be given.
     """
@@ -86,7 +86,7 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario(
-            "demo", "captioned shapes over four sites, epsilon 8", "none: 20,000 shapes are made", 3.0, demo,
+            "demo", "captioned shapes over four sites, epsilon 8", "none: 20,000 shapes are made", 4.0, demo,
             shapes=20_000,
         ),
         Scenario(

@@ -12,8 +12,8 @@ from shared.models.discriminator import Discriminator, Window
 class FrontDiscriminator(Discriminator):
     """Sees no pixels but the features of `shared.models.front`, which a site computes once a record.
 
-    Two convolutions of 3 x 3 cells, the second with stride 2. One of 4 x 4 cells is a third cheaper and learns
-    faster in the first rounds, and ends lower under noise (docs/results.md).
+    Two convolutions of 3 x 3 cells, the second with stride 2. One of 4 x 4 cells costs less a round and ended
+    lower under noise (docs/results.md).
     """
 
     public_constants = ("front.filters",)
