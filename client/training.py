@@ -128,20 +128,21 @@ def site_update(
     loss = build_loss(config.discriminator)
     optimizer = build_optimizer(discriminator, config.discriminator_optimizer)
     set_learning_rate(optimizer, config.discriminator_optimizer, server_round, config.federation.rounds)
-    images = to_unit_range(fakes.images).to(config.compute.device)
+    with torch.no_grad():
+        features = discriminator.features(to_unit_range(fakes.images).to(config.compute.device))  # (F, h, w, c)
     conditioning = prompt_embeddings[torch.from_numpy(fakes.prompt_indices).long()]
     # The public share of one site in the expected batch: not its own size, which nobody else may learn.
     expected_at_site = plan.expected_batch_size / plan.sites
-    share = max(1, len(images) // config.federation.local_steps)
+    share = max(1, len(features) // config.federation.local_steps)
     for local_step in range(config.federation.local_steps):
         noised = site_gradient(
             discriminator, records, config=config, plan=plan, prompts=prompts, prompt_embeddings=prompt_embeddings,
             entropy=entropy, server_round=server_round, local_step=local_step,
         )  # fmt: skip
-        start = local_step * share % len(images)
+        start = local_step * share % len(features)
         part = slice(start, start + share)
         of_fakes = fakes_gradient(
-            discriminator, images[part], conditioning[part], loss, clipping_norm=plan.clipping_norm
+            discriminator, features[part], conditioning[part], loss, clipping_norm=plan.clipping_norm
         )
         real = torch.from_numpy(noised).to(of_fakes.total) * (plan.lattice / expected_at_site)
         take_step(discriminator, optimizer, real + of_fakes.total / len(of_fakes.norms))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,21 @@ from shared.text import CaptionEncoder
 SLOW_RUNGS = (1 / 200, 1 / 100, 1 / 50, 1 / 20, 1 / 10, 1 / 5, 1 / 2)
 ACCURACY_DECAY = 0.9  # of the moving average of the accuracy on fresh fakes
 SAMPLE_ROWS = 128  # pictures drawn in one pass
+
+
+@dataclass(frozen=True)
+class _FakeBatch:
+    """Fakes of one generator step, with the graph that leads back to the generator.
+
+    Attributes:
+        features: `(F, h, w, c)`.
+        conditioning: `(F, E)`.
+        latents: `(F, Z)`.
+    """
+
+    features: Tensor
+    conditioning: Tensor
+    latents: Tensor
 
 
 class ServerTraining:
@@ -118,9 +133,14 @@ class ServerTraining:
             Public figures for the log of the run.
         """
         config = self.config
-        images, picks = self._fakes(config.training.fakes, "fakes", server_round)
+        if server_round > config.training.lead_rounds:
+            self.credit += self.ladder[self.rung]
+        due = int(self.credit + 1e-9)
+        self.credit -= due
+        # The first generator step goes on from fakes that the discriminator's step has already made.
+        batch = self._generator_batch(server_round, 0) if due else None
         of_fakes = fakes_gradient(
-            self.discriminator, images, self.prompt_embeddings[picks], self.loss,
+            self.discriminator, *self._shown_fakes(batch, server_round), self.loss,
             clipping_norm=self.plan.clipping_norm,
         )  # fmt: skip
         accuracy = (of_fakes.logits < 0).float().mean().item()
@@ -138,12 +158,10 @@ class ServerTraining:
             update = total * (UPDATE_LATTICE / replies)
             load_flat_parameters(self.discriminator, flat_parameters(self.discriminator) + update)
         set_learning_rate(self.generator_optimizer, config.generator_optimizer, server_round, config.federation.rounds)
-        if server_round > config.training.lead_rounds:
-            self.credit += self.ladder[self.rung]
         losses: list[float] = []
-        while self.credit >= 1 - 1e-9:
-            self.credit -= 1
-            losses.append(self._adversarial_step(server_round, len(losses)))
+        while batch is not None:
+            losses.append(self._adversarial_step(batch))
+            batch = self._generator_batch(server_round, len(losses)) if len(losses) < due else None
         self._move_on_ladder(len(losses))
         return {
             "fakes_accuracy": self.accuracy,
@@ -189,21 +207,39 @@ class ServerTraining:
         self.steps_on_rung = int(state["steps_on_rung"])
         self.credit, self.accuracy = float(state["credit"]), float(state["accuracy"])
 
-    def _adversarial_step(self, server_round: int, step: int) -> float:
+    def _generator_batch(self, server_round: int, step: int) -> _FakeBatch:
         settings = self.config.training
         rng = self._rng("generator", server_round, step)
-        half = settings.generator_batch // 2
         picks = self._draw_prompts(settings.generator_batch, rng)
         if settings.mode_seeking_weight:
+            half = settings.generator_batch // 2
             picks = torch.cat([picks[:half], picks[:half]])  # pairs with one prompt
         latents = self._latents(len(picks), rng)
         conditioning = self.prompt_embeddings[picks]
-        features = self.discriminator.features(self.generator(latents, conditioning))
-        logits = self.discriminator(features[:, None], conditioning[:, None])
+        return _FakeBatch(self.discriminator.features(self.generator(latents, conditioning)), conditioning, latents)
+
+    def _shown_fakes(self, batch: _FakeBatch | None, server_round: int) -> tuple[Tensor, Tensor]:
+        """`training.fakes` fakes for the discriminator's step: of the generator's batch, others where that is short."""
+        count = self.config.training.fakes
+        features, conditioning = [], []
+        if batch is not None:
+            features.append(batch.features.detach()[:count])
+            conditioning.append(batch.conditioning[:count])
+            count -= len(features[0])
+        if count:
+            images, picks = self._fakes(count, "fakes", server_round)
+            with torch.no_grad():
+                features.append(self.discriminator.features(images))
+            conditioning.append(self.prompt_embeddings[picks])
+        return torch.cat(features), torch.cat(conditioning)
+
+    def _adversarial_step(self, batch: _FakeBatch) -> float:
+        settings = self.config.training
+        logits = self.discriminator(batch.features[:, None], batch.conditioning[:, None])
         loss = self.loss.generator(logits).mean()
         if settings.mode_seeking_weight:
             variety = _variety(
-                features[:half], features[half:], latents[:half], latents[half:], cap=settings.mode_seeking_cap
+                *batch.features.chunk(2), *batch.latents.chunk(2), cap=settings.mode_seeking_cap
             )
             loss = loss - settings.mode_seeking_weight * variety
         self._generator_step(loss)

@@ -38,13 +38,12 @@ def real_record_loss(loss: AdversarialLoss, *, wrong_prompt_weight: float) -> Re
 
 
 def fakes_gradient(
-    discriminator: Discriminator, images: Tensor, conditioning: Tensor, loss: AdversarialLoss, *, clipping_norm: float
+    discriminator: Discriminator, features: Tensor, conditioning: Tensor, loss: AdversarialLoss,
+    *, clipping_norm: float,
 ) -> ClippedSum:  # fmt: skip
-    """Clipped gradient sum of fakes `(F, C, H, W)` with the embeddings `(F, E)` of their public prompts."""
-    with torch.no_grad():
-        features = discriminator.features(images)[:, None]  # (F, 1, h, w, c)
+    """Clipped gradient sum of fakes by their features `(F, h, w, c)` and their prompts' embeddings `(F, E)`."""
     return clipped_gradient_sum(
-        discriminator, features, conditioning[:, None], lambda logits: loss.fake(logits).mean(dim=(1, 2)),
+        discriminator, features[:, None], conditioning[:, None], lambda logits: loss.fake(logits).mean(dim=(1, 2)),
         clipping_norm=clipping_norm,
     )  # fmt: skip
 
