@@ -21,6 +21,7 @@ from shared.models import (
     front,
     load_flat_parameters,
 )
+from shared.models.discriminator import linear_with_scaled_gradient
 from shared.models.patches import windows
 
 FRONT_FINGERPRINT = "3be27e84b5e44653614c36a66c2a8e6ff1ca1d5bfef5f448a2e87a9791beddc2"
@@ -184,3 +185,23 @@ def test_an_edge_excites_the_filters_across_it() -> None:
     energies = front.FrontEnd(image_size=28, image_channels=1)(image)[0, 3, 3, 1 : 1 + front.ANGLES]
     assert energies.argmax() == 0
     assert energies[front.ANGLES // 2] < 0.2 * energies[0]
+
+
+def test_a_scaled_gradient_changes_the_layers_own_gradient_and_no_other() -> None:
+    torch.manual_seed(0)
+    before, scaled, after = (torch.nn.Linear(4, 4).double() for _ in range(3))
+    inputs = torch.randn(3, 4, dtype=torch.float64)
+
+    def gradients(scale: float) -> tuple[Tensor, list[Tensor]]:
+        middle = linear_with_scaled_gradient(scaled, before(inputs).tanh(), scale)
+        outputs = after(middle.tanh())
+        weights = [before.weight, scaled.weight, scaled.bias, after.weight]
+        return outputs, list(torch.autograd.grad(outputs.square().sum(), weights))
+
+    plain, (of_before, of_weight, of_bias, of_after) = gradients(1.0)
+    same, (before_again, weight_again, bias_again, after_again) = gradients(2.5)
+    assert torch.equal(plain, same)
+    assert torch.allclose(weight_again, 2.5 * of_weight)
+    assert torch.allclose(bias_again, 2.5 * of_bias)
+    assert torch.allclose(before_again, of_before)
+    assert torch.allclose(after_again, of_after)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shared.config import DataConfig, DiscriminatorConfig
 from shared.models import front
-from shared.models.discriminator import Discriminator, Window
+from shared.models.discriminator import Discriminator, HeadScales, Window
 
 
 class FrontDiscriminator(Discriminator):
@@ -23,7 +23,11 @@ class FrontDiscriminator(Discriminator):
         super().__init__(
             feature_side=end.side,
             feature_channels=end.channels,
-            stack=[Window(3, 1, 1, settings.width // 2), Window(3, 2, 1, settings.width)],
+            stack=[
+                Window(3, 1, 1, settings.width // 2, gradient_scale=1.5),
+                Window(3, 2, 1, settings.width, gradient_scale=1.2),
+            ],
+            scales=HeadScales(output=0.3, projection=0.7),
             settings=settings,
             embedding_dim=embedding_dim,
         )
