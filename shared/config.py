@@ -95,7 +95,7 @@ class FederationConfig(Section):
 class DiscriminatorConfig(Section):
     name: str = Field("front", description="An entry of DISCRIMINATORS: front, conv, toy.")
     width: int = Field(96, ge=4, le=512, description="Channels of the deepest convolution.")
-    pooled_side: int = Field(0, ge=0, le=64, description="Cells a side that the last map is averaged to; 0 = as it is.")
+    pooled_side: int = Field(2, ge=0, le=64, description="Cells a side that the last map is averaged to; 0 = as it is.")
     hidden: int = Field(128, ge=8, le=2048, description="Units before the projection on the text.")
     loss: str = Field("non-saturating", description="An entry of LOSSES: non-saturating, hinge.")
     wrong_prompt_weight: float = Field(0.5, ge=0, le=10, description="Weight of (same image, wrong public prompt).")
@@ -114,7 +114,7 @@ class GeneratorConfig(Section):
 
 class OptimizerConfig(Section):
     name: str = Field("adam", description="An entry of OPTIMIZERS: adam, adamw, rmsprop.")
-    learning_rate: float = Field(2e-3, gt=0, le=1, description="After the warm-up, before the fall.")
+    learning_rate: float = Field(4e-3, gt=0, le=1, description="After the warm-up, before the fall.")
     beta1: float = Field(0.5, ge=0, lt=1, description="Momentum of the gradient (rmsprop: momentum).")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the squared gradient.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Part of each weight removed a step, times the rate.")
@@ -140,11 +140,12 @@ class TrainingConfig(Section):
 
 
 class WarmStartConfig(Section):
-    """One DP release of caption-conditioned moments before the first round."""
+    """One DP release of caption-conditioned moments before the first round; both models learn from it."""
 
     enabled: bool = Field(False, description="Pre-train at the server from one moment release of each site.")
     epsilon_share: float = Field(0.15, gt=0, lt=1, description="Part of target-epsilon that the release may spend.")
     steps: int = Field(100, ge=1, le=100_000, description="Generator steps on the released moments.")
+    discriminator_steps: int = Field(60, ge=0, le=100_000, description="Discriminator steps on them, after those.")
 
 
 class EvaluationConfig(Section):

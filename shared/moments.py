@@ -9,6 +9,8 @@ halves the noise against the signal. The server reads from the noised sum what f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,14 @@ def pooled_features(features: Tensor) -> Tensor:
     """`(B, h, w, c)` to `(B, F)`: averaged over 2 x 2 cells (`h` rounded up), flattened."""
     side = (features.shape[1] + 1) // 2
     return functional.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), side).flatten(1)
+
+
+def unpooled_features(pooled: Tensor, feature_shape: Sequence[int]) -> Tensor:
+    """`(B, F)` back to `(B, h, w, c)`: each cell takes the value of the 2 x 2 cells that it was averaged into."""
+    height, width, channels = feature_shape
+    side = (height + 1) // 2
+    maps = pooled.view(len(pooled), channels, side, side)
+    return functional.interpolate(maps, size=(height, width)).permute(0, 2, 3, 1)
 
 
 def moment_size(feature_shape: tuple[int, ...], embedding_dim: int) -> int:

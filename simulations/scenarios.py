@@ -43,12 +43,12 @@ def demo() -> RunConfig:
     return RunConfig.from_table(
         {
             "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.1024, "clipping-norm": 12.0},
-            "federation": {"sites": 4, "rounds": 420, "published-records": 20_000},
-            "discriminator-optimizer": {"final-fraction": 0.5},
+            "federation": {"sites": 4, "rounds": 500, "published-records": 20_000},
+            "discriminator-optimizer": {"final-fraction": 0.2},
             "generator": {"width": 24},
-            "generator-optimizer": {"final-fraction": 0.5},
-            "training": {"fakes": 64},
-            "warm-start": {"enabled": True, "steps": 120},
+            "generator-optimizer": {"final-fraction": 0.2},
+            "training": {"fakes": 64, "lead-rounds": 0},
+            "warm-start": {"enabled": True, "steps": 80},
         }
     )
 

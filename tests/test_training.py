@@ -12,11 +12,11 @@ import torch
 
 from client.training import PrivateRecords, draw_batch, prepare_records, site_gradient, site_moments, site_update
 from server.training import ServerTraining
-from shared.adversarial import UPDATE_LATTICE
+from shared.adversarial import UPDATE_LATTICE, to_unit_range
 from shared.config import RunConfig
 from shared.data import ImageCaptionDataset
 from shared.models import build_discriminator, flat_parameters, load_flat_parameters
-from shared.moments import MomentFit, clipped_moment_sum, moment_size
+from shared.moments import MomentFit, clipped_moment_sum, moment_size, pooled_features, unpooled_features
 from shared.privacy.entropy import SeededEntropy
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.prompts import PromptPool
@@ -347,6 +347,16 @@ def test_the_fit_of_exact_moments_is_least_squares() -> None:
     assert np.abs(got - expected).max() < 1e-2
 
 
+@pytest.mark.parametrize("side", [7, 8])
+def test_pooled_features_go_back_to_their_cells(side: int) -> None:
+    maps = torch.randn(2, side, side, 3)
+    again = unpooled_features(pooled_features(maps), (side, side, 3))
+    assert again.shape == maps.shape
+    assert torch.allclose(again[:, 0, 0], maps[:, :2, :2].mean(dim=(1, 2)), atol=1e-6)
+    if side == 8:  # windows do not overlap there: what went back pools to what it was
+        assert torch.allclose(pooled_features(again), pooled_features(maps), atol=1e-6)
+
+
 def test_the_servers_warm_start_needs_only_the_message() -> None:
     config = settings(**{"warm-start.enabled": True, "warm-start.steps": 5, "privacy.target-epsilon": 50.0})
     bench = Bench(config)
@@ -365,7 +375,7 @@ def test_the_servers_warm_start_needs_only_the_message() -> None:
     assert len(digests) == 1
 
 
-def test_a_warm_start_alone_teaches_the_generator_a_colour() -> None:
+def test_a_warm_start_alone_teaches_both_models_a_colour() -> None:
     """Once its learning rate was negative after the first step, and it left the generator worse than random."""
     captions = ("a red square", "a blue square")
     config = settings(
@@ -379,3 +389,9 @@ def test_a_warm_start_alone_teaches_the_generator_a_colour() -> None:
     )
     server.warm_start(message, 1)
     assert_two_colours(server, captions)
+    # The discriminator has seen no real picture, and tells which caption belongs to one.
+    features = server.discriminator.features(to_unit_range(two_colours(captions).images))[:, None]
+    own = server.prompt_embeddings[[row % 2 for row in range(64)]]
+    other = server.prompt_embeddings[[1 - row % 2 for row in range(64)]]
+    matched, wrong = server.discriminator(features, torch.stack([own, other], dim=1))[:, 0].unbind(dim=1)
+    assert (matched > wrong).all()

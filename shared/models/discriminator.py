@@ -9,7 +9,7 @@ statistics (PRIVACY rule 4); `check_examples_independent` refuses a model that d
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +24,15 @@ PROJECTION_SCALE = 3.0  # on the projection, so that its gradient is of the size
 
 
 class Window(NamedTuple):
-    """One convolution as windows into a linear layer; `gradient_scale` as in `linear_with_scaled_gradient`."""
+    """One convolution as windows into a linear layer."""
 
     kernel: int
     stride: int
     padding: int
     channels: int
-    gradient_scale: float = 1.0
 
     def side(self, before: int) -> int:
         return (before + 2 * self.padding - self.kernel) // self.stride + 1
-
-
-class HeadScales(NamedTuple):
-    """Gradient scales of the layers after the convolutions."""
-
-    hidden: float = 1.0
-    output: float = 1.0
-    projection: float = 1.0
 
 
 class Discriminator(nn.Module):
@@ -50,18 +41,16 @@ class Discriminator(nn.Module):
     Args:
         feature_side, feature_channels: of the square map that `features` returns.
         stack: the convolutions of the head, first to last.
-        scales: of the gradients of the layers after them.
     """
 
     def __init__(
         self, *, feature_side: int, feature_channels: int, stack: list[Window],
-        settings: DiscriminatorConfig, embedding_dim: int, scales: HeadScales | None = None,
+        settings: DiscriminatorConfig, embedding_dim: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.feature_shape = (feature_side, feature_side, feature_channels)
         self.embedding_dim = embedding_dim
         self.stack = stack
-        self.scales = scales or HeadScales()
         side, channels = feature_side, feature_channels
         self.convolutions = nn.ModuleList()
         for window in stack:
@@ -97,50 +86,15 @@ class Discriminator(nn.Module):
             side = window.side(maps.shape[1])
             rows = windows(maps, kernel=window.kernel, stride=window.stride, padding=window.padding)
             rows = rows.view(records, views * side * side, -1)
-            maps = functional.leaky_relu(linear_with_scaled_gradient(layer, rows, window.gradient_scale), SLOPE)
-            maps = maps.view(records * views, side, side, window.channels)
+            maps = functional.leaky_relu(layer(rows), SLOPE).view(records * views, side, side, window.channels)
         if maps.shape[1] != self.pooled_side:
             # A star is a star wherever it lies: shared places cost a tenth of the parameters, so of the noise.
             # Scaled so that the gradient keeps its size against the layers after it.
             scale = maps.shape[1] / self.pooled_side
             maps = functional.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), self.pooled_side) * scale
-        rows = maps.reshape(records, views, -1)
-        hidden = functional.leaky_relu(
-            linear_with_scaled_gradient(self.hidden, rows, self.scales.hidden), SLOPE
-        )  # (B, V, hidden)
-        score = linear_with_scaled_gradient(self.output, hidden, self.scales.output)  # (B, V, 1)
-        text = linear_with_scaled_gradient(self.projection, conditioning, self.scales.projection)  # (B, P, hidden)
-        return score + PROJECTION_SCALE * torch.einsum("bvh,bph->bvp", hidden, text)
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The identity; its gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.scale, None
-
-
-def linear_with_scaled_gradient(layer: nn.Module, inputs: Tensor, scale: float) -> Tensor:
-    """`layer(inputs)`; the gradient of the layer's own parameters is `scale` times the true one, no other is changed.
-
-    One clip bounds the norm over all layers, and noise has one size in all of them. A layer with a larger scale
-    gets more of both bound and signal; Adam does not see the scale. The scales are public constants.
-    """
-    if scale == 1.0:
-        return layer(inputs)  # type: ignore[no-any-return]
-    if inputs.requires_grad:
-        inputs = _scaled(inputs, 1 / scale)
-    return _scaled(layer(inputs), scale)
-
-
-def _scaled(values: Tensor, scale: float) -> Tensor:
-    return _ScaledGradient.apply(values, scale)  # type: ignore[no-untyped-call, no-any-return]
+        hidden = functional.leaky_relu(self.hidden(maps.reshape(records, views, -1)), SLOPE)  # (B, V, hidden)
+        text = self.projection(conditioning)  # (B, P, hidden)
+        return self.output(hidden) + PROJECTION_SCALE * torch.einsum("bvh,bph->bvp", hidden, text)  # type: ignore[no-any-return]
 
 
 def check_examples_independent(discriminator: Discriminator) -> None:
