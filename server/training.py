@@ -71,7 +71,10 @@ class ServerTraining:
         self.discriminator_optimizer = build_optimizer(self.discriminator, config.discriminator_optimizer)
         self.generator_optimizer = build_optimizer(self.generator, config.generator_optimizer)
         self.ladder = (*SLOW_RUNGS, *range(1, config.training.max_generator_steps + 1))
-        self.rung = self.ladder.index(min(config.training.generator_steps, config.training.max_generator_steps))
+        self.first_rung = self.ladder.index(
+            min(config.training.generator_steps, config.training.max_generator_steps)
+        )
+        self.rung = self.first_rung
         self.generator_steps = 0
         self.steps_on_rung = 0
         self.credit = 0.0  # generator steps that are due, below one
@@ -310,9 +313,13 @@ class ServerTraining:
         self.steps_on_rung += generator_steps
         if not settings.adaptive or self.steps_on_rung < settings.grace:
             return
-        if self.accuracy < settings.low_accuracy and self.rung > 0:
+        middle = (settings.low_accuracy + settings.high_accuracy) / 2
+        # Away from the first rung at the thresholds, back to it once the accuracy is half-way between them again.
+        lower = settings.low_accuracy if self.rung <= self.first_rung else middle
+        upper = settings.high_accuracy if self.rung >= self.first_rung else middle
+        if self.accuracy < lower and self.rung > 0:
             self.rung, self.steps_on_rung = self.rung - 1, 0
-        elif self.accuracy > settings.high_accuracy and self.rung < len(self.ladder) - 1:
+        elif self.accuracy > upper and self.rung < len(self.ladder) - 1:
             self.rung, self.steps_on_rung = self.rung + 1, 0
 
     def _fakes(self, count: int, purpose: str, server_round: int) -> tuple[Tensor, Tensor]:

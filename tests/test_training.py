@@ -263,6 +263,20 @@ def test_the_ladder_moves_towards_the_side_that_loses(accuracy: float, expected:
     assert server.rung - rung == expected
 
 
+@pytest.mark.parametrize(("away", "stays", "returns"), [(0.5, 0.7, 0.8), (0.95, 0.8, 0.7)])
+def test_the_ladder_comes_back_when_neither_side_loses(away: float, stays: float, returns: float) -> None:
+    """Once a dip in the first rounds halved the generator's steps for the whole run."""
+    config = settings(**{"training.grace": 1, "training.low-accuracy": 0.6, "training.high-accuracy": 0.9})
+    bench = Bench(config)
+    server = ServerTraining(config, bench.plan, PROMPTS, bench.encoder)
+    first, rungs = server.rung, []
+    for accuracy in (away, stays, returns, returns):
+        server.accuracy = accuracy
+        server._move_on_ladder(1)
+        rungs.append(abs(server.rung - first))
+    assert rungs == [1, 1, 0, 0]
+
+
 def test_a_slow_rung_takes_generator_steps_only_now_and_then() -> None:
     config = settings(**{"training.adaptive": False})
     bench = Bench(config)
