@@ -44,12 +44,12 @@ def demo() -> RunConfig:
         {
             "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.1024, "clipping-norm": 12.0},
             "federation": {"sites": 4, "rounds": 500, "published-records": 20_000},
-            "discriminator": {"near-prompt-share": 0.5},
+            "discriminator": {"near-prompt-share": 0.25},
             "discriminator-optimizer": {"final-fraction": 0.2},
             "generator": {"width": 24},
             "generator-optimizer": {"final-fraction": 0.2},
-            "training": {"fakes": 64, "lead-rounds": 0},
-            "warm-start": {"enabled": True, "steps": 80},
+            "training": {"fakes": 64, "generator-batch": 96, "lead-rounds": 0},
+            "warm-start": {"enabled": True, "steps": 60},
         }
     )
 
