@@ -78,7 +78,8 @@ def _ten_sites() -> RunConfig:
             "federation": {"sites": 10, "rounds": 300, "published-records": 60_000},
             "discriminator-optimizer": {"final-fraction": 0.1},
             "generator-optimizer": {"final-fraction": 0.1},
-            "training": {"fakes": 512, "generator-steps": 3, "mode-seeking-weight": 1.0},
+            "training": {"fakes": 512, "generator-steps": 3, "mode-seeking-weight": 1.0, "lead-rounds": 0},
+            "warm-start": {"enabled": True, "steps": 60},
         }
     )
 
