@@ -79,12 +79,7 @@ def prepare_records(
     images = dataset.images[indices]
     features = None
     if not config.data.augmented:
-        with torch.no_grad():
-            parts = [
-                discriminator.features(to_unit_range(images[i : i + ROWS]).to(config.compute.device)).half()
-                for i in range(0, len(images), ROWS)
-            ]
-        features = torch.cat(parts)
+        features = _features(discriminator, images, config=config, kind=torch.float16)
     embeddings = encoder.encode(captions).to(config.compute.device)
     return PrivateRecords(images, features, embeddings, captions, rows)
 
@@ -128,8 +123,7 @@ def site_update(
     loss = build_loss(config.discriminator)
     optimizer = build_optimizer(discriminator, config.discriminator_optimizer)
     set_learning_rate(optimizer, config.discriminator_optimizer, server_round, config.federation.rounds)
-    with torch.no_grad():
-        features = discriminator.features(to_unit_range(fakes.images).to(config.compute.device))  # (F, h, w, c)
+    features = _features(discriminator, fakes.images, config=config)  # (F, h, w, c)
     conditioning = prompt_embeddings[torch.from_numpy(fakes.prompt_indices).long()]
     # The public share of one site in the expected batch: not its own size, which nobody else may learn.
     expected_at_site = plan.expected_batch_size / plan.sites
@@ -161,13 +155,7 @@ def site_moments(
     """
     features = records.features
     if features is None:
-        with torch.no_grad():
-            features = torch.cat(
-                [
-                    discriminator.features(to_unit_range(records.images[i : i + ROWS])).half()
-                    for i in range(0, len(records), ROWS)
-                ]
-            )
+        features = _features(discriminator, records.images, config=config, kind=torch.float16)
     # A record with several captions enters with their mean embedding: one vector a record, one clip.
     captions = torch.stack([records.embeddings[list(rows)].mean(dim=0) for rows in records.caption_rows])
     total = clipped_moment_sum(features, captions)
@@ -212,6 +200,18 @@ def draw_batch(
         captions=captions,
         wrong_prompts=prompt_embeddings[torch.from_numpy(wrong)],
     )
+
+
+def _features(
+    discriminator: Discriminator, images: np.ndarray, *, config: RunConfig, kind: torch.dtype = torch.float32
+) -> Tensor:
+    """`(N, H, W, C)` uint8 to `(N, h, w, c)`, a few hundred rows at a time."""
+    with torch.no_grad():
+        parts = [
+            discriminator.features(to_unit_range(images[i : i + ROWS]).to(config.compute.device)).to(kind)
+            for i in range(0, len(images), ROWS)
+        ]
+    return torch.cat(parts)
 
 
 def load_weights(discriminator: Discriminator, weights: np.ndarray) -> None:

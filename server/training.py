@@ -1,6 +1,7 @@
 """What the server does with released sums: discriminator step, generator steps, moving average. Pure torch.
 
-It sees released weights and public prompts only, so everything here is post-processing and costs no privacy.
+It sees what sites released (sums, moments) and public prompts only, so everything here is post-processing and
+costs no privacy.
 Not here: who is asked, what is charged, what is written.
 """
 
@@ -40,6 +41,7 @@ ACCURACY_DECAY = 0.9  # of the moving average of the accuracy on fresh fakes
 SAMPLE_ROWS = 128  # pictures drawn in one pass
 # Of the discriminator's warm start: prompts, pictures of each, and rows of a step.
 WARM_PROMPTS, WARM_VIEWS, WARM_ROWS = 128, 16, 256
+WARM_WRONG_PROMPT_WEIGHT = 1.0  # captions are what the moments are about
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ class ServerTraining:
         self.generator_steps = 0
         self.steps_on_rung = 0
         self.credit = 0.0  # generator steps that are due, below one
-        self.accuracy = 0.5
+        # Half-way between the thresholds, or the first rounds would move the ladder without any evidence.
+        self.accuracy = self.middle_accuracy = (config.training.low_accuracy + config.training.high_accuracy) / 2
 
     def warm_start(self, moments: np.ndarray, replies: int) -> dict[str, float]:
-        """Pre-trains the generator so that its mean features at each prompt are the released ones.
+        """Pre-trains both models: the generator until its mean features at each prompt are the released ones.
 
         Args:
             moments: `(moment_size,)` int64, summed over `replies` sites, in units of the moment plan's lattice.
@@ -130,6 +133,9 @@ class ServerTraining:
         are the fakes. It then tells most real pictures' captions from other prompts, which costs the first
         rounds otherwise.
         """
+        steps = self.config.warm_start.discriminator_steps
+        if steps == 0:
+            return float("nan")
         rng = self._rng("warm-start-discriminator")
         chosen = rng.permutation(len(self.prompts))[:WARM_PROMPTS]
         picks = torch.from_numpy(np.repeat(chosen, WARM_VIEWS)).to(self.device)
@@ -144,9 +150,10 @@ class ServerTraining:
             means = pooled_features(fakes).view(len(chosen), WARM_VIEWS, -1).mean(dim=1)
             off = fit.expected_features(self.prompt_embeddings[torch.from_numpy(chosen).to(self.device)]) - means
             reals = fakes + unpooled_features(off, fakes.shape[1:]).repeat_interleave(WARM_VIEWS, dim=0)
-        of_records = real_record_loss(self.loss, wrong_prompt_weight=1.0)
+        # A single prompt has no other that would be wrong.
+        weight = WARM_WRONG_PROMPT_WEIGHT if len(self.prompts) > 1 else 0.0
+        of_records = real_record_loss(self.loss, wrong_prompt_weight=weight)
         optimizer = build_optimizer(self.discriminator, self.config.discriminator_optimizer)
-        steps = self.config.warm_start.discriminator_steps
         parameters = [p for _, p in sorted(self.discriminator.named_parameters())]
         loss = torch.zeros(())
         self.discriminator.requires_grad_(True)
@@ -313,10 +320,9 @@ class ServerTraining:
         self.steps_on_rung += generator_steps
         if not settings.adaptive or self.steps_on_rung < settings.grace:
             return
-        middle = (settings.low_accuracy + settings.high_accuracy) / 2
         # Away from the first rung at the thresholds, back to it once the accuracy is half-way between them again.
-        lower = settings.low_accuracy if self.rung <= self.first_rung else middle
-        upper = settings.high_accuracy if self.rung >= self.first_rung else middle
+        lower = settings.low_accuracy if self.rung <= self.first_rung else self.middle_accuracy
+        upper = settings.high_accuracy if self.rung >= self.first_rung else self.middle_accuracy
         if self.accuracy < lower and self.rung > 0:
             self.rung, self.steps_on_rung = self.rung - 1, 0
         elif self.accuracy > upper and self.rung < len(self.ladder) - 1:

@@ -98,7 +98,7 @@ class DiscriminatorConfig(Section):
     pooled_side: int = Field(2, ge=0, le=64, description="Cells a side that the last map is averaged to; 0 = as it is.")
     hidden: int = Field(128, ge=8, le=2048, description="Units before the projection on the text.")
     loss: str = Field("non-saturating", description="An entry of LOSSES: non-saturating, hinge.")
-    wrong_prompt_weight: float = Field(0.5, ge=0, le=10, description="Weight of (same image, wrong public prompt).")
+    wrong_prompt_weight: float = Field(0.5, ge=0, le=10, description="Weight of (same image, wrong prompt) at a site.")
     near_prompt_share: float = Field(
         0.0, ge=0, le=1, description="Part of the wrong prompts that is drawn among those nearest to the caption."
     )
@@ -118,7 +118,7 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.5, ge=0, lt=1, description="Momentum of the gradient (rmsprop: momentum).")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the squared gradient.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Part of each weight removed a step, times the rate.")
-    warmup_rounds: int = Field(10, ge=0, le=100_000, description="Rounds over which the rate rises linearly.")
+    warmup_rounds: int = Field(10, ge=0, le=100_000, description="Rounds (steps, in the warm start) of linear rise.")
     final_fraction: float = Field(1.0, gt=0, le=1, description="The rate falls linearly to this part at the end.")
 
 

@@ -30,7 +30,10 @@ def pooled_features(features: Tensor) -> Tensor:
 
 
 def unpooled_features(pooled: Tensor, feature_shape: Sequence[int]) -> Tensor:
-    """`(B, F)` back to `(B, h, w, c)`: each cell takes the value of the 2 x 2 cells that it was averaged into."""
+    """`(B, F)` back to `(B, h, w, c)`: each cell takes the value of the window that it was averaged into.
+
+    At an odd number of cells a side those windows overlap, and the means are met about, not exactly.
+    """
     height, width, channels = feature_shape
     side = (height + 1) // 2
     maps = pooled.view(len(pooled), channels, side, side)
@@ -100,7 +103,8 @@ class MomentFit:
 
     def expected_features(self, conditioning: Tensor) -> Tensor:
         """Mean pooled features `(B, F)` that real images with the captions of `conditioning` `(B, E)` have."""
-        expected: Tensor = conditioning @ self.regression[:, 1:].t() + self.regression[:, 0]
+        regression = self.regression.to(conditioning)
+        expected: Tensor = conditioning @ regression[:, 1:].t() + regression[:, 0]
         return expected
 
 

@@ -82,12 +82,12 @@ def _estimate(config: RunConfig, plan: PrivacyPlan, prompts: PromptPool) -> Esti
     with ThreadPoolExecutor(together) as pool:
         sites = _best_of(lambda: list(pool.map(site, range(together)))) * math.ceil(federation.sites / together)
     torch.set_num_threads(compute.server_threads)
-    # The warm start's steps are generator steps, about as long as the server's part of a round.
+    # A step of the warm start, of either model, is about as long as the server's part of a round.
     at_server = _best_of(server)
     per_site = federation.published_records / federation.sites
     preparation = prepared / drawn * per_site * math.ceil(federation.sites / together)
     if config.warm_start.enabled:
-        preparation += config.warm_start.steps * at_server
+        preparation += (config.warm_start.steps + config.warm_start.discriminator_steps) * at_server
     return Estimate(sites + at_server, preparation)
 
 

@@ -139,7 +139,7 @@ def test_a_pooled_head_does_not_see_where_in_a_quarter_something_lies() -> None:
     discriminator = build_discriminator(settings, embedding_dim=5)
     discriminator.stack = [discriminator.stack[0]._replace(padding=0)]
     discriminator.convolutions = discriminator.convolutions[:1]
-    discriminator.hidden = nn.Linear(discriminator.stack[0].channels, 64)
+    discriminator.hidden = nn.Linear(discriminator.stack[0].channels, discriminator.hidden.out_features)
     image, moved = torch.zeros(2, 1, 3, 32, 32)
     image[:, :, 4:8, 4:8] = 1
     moved[:, :, 20:24, 12:16] = 1  # by a multiple of the stride, away from the border

@@ -277,6 +277,45 @@ def test_the_ladder_comes_back_when_neither_side_loses(away: float, stays: float
     assert rungs == [1, 1, 0, 0]
 
 
+def test_the_first_rounds_do_not_move_the_ladder_without_evidence() -> None:
+    """The moving average once began at a half, below the threshold, whatever the first fakes showed."""
+    config = settings(**{"training.generator-steps": 3})
+    bench = Bench(config)
+    server = ServerTraining(config, bench.plan, PROMPTS, bench.encoder)
+    for _ in range(60):
+        server.accuracy = 0.9 * server.accuracy + 0.1 * 0.7
+        server._move_on_ladder(3)
+        assert server.ladder[server.rung] == 3
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_a_warm_start_with_few_prompts_works(prompts: int) -> None:
+    pool = PromptPool(PROMPTS.texts[:prompts])
+    config = settings(**{"privacy.name": "none", "warm-start.enabled": True, "federation.sites": 1})
+    bench = Bench(config)
+    server = ServerTraining(config, bench.plan, pool, bench.encoder)
+    message = site_moments(
+        bench.records, config=config, plan=bench.plan, discriminator=bench.discriminator, entropy=bench.entropy
+    )
+    figures = server.warm_start(message, 1)
+    assert np.isfinite(figures["warm_start_discriminator_loss"])
+
+
+def test_a_warm_start_of_the_generator_alone_leaves_the_discriminator() -> None:
+    config = settings(
+        **{"privacy.name": "none", "warm-start.enabled": True, "warm-start.steps": 2,
+           "warm-start.discriminator-steps": 0, "federation.sites": 1}
+    )  # fmt: skip
+    bench = Bench(config)
+    server = ServerTraining(config, bench.plan, PROMPTS, bench.encoder)
+    before = flat_parameters(server.discriminator)
+    message = site_moments(
+        bench.records, config=config, plan=bench.plan, discriminator=bench.discriminator, entropy=bench.entropy
+    )
+    assert np.isnan(server.warm_start(message, 1)["warm_start_discriminator_loss"])
+    assert (flat_parameters(server.discriminator) == before).all()
+
+
 def test_a_slow_rung_takes_generator_steps_only_now_and_then() -> None:
     config = settings(**{"training.adaptive": False})
     bench = Bench(config)
@@ -289,20 +328,30 @@ def test_a_slow_rung_takes_generator_steps_only_now_and_then() -> None:
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop"])
-def test_a_server_that_is_loaded_goes_on_bit_for_bit(name: str) -> None:
-    config = settings(**{"discriminator-optimizer.name": name, "generator-optimizer.name": name})
+@pytest.mark.parametrize("fakes", [8, 16, 40])  # fewer than the generator's batch of 16, as many, more
+def test_a_server_that_is_loaded_goes_on_bit_for_bit(name: str, fakes: int) -> None:
+    config = settings(
+        **{"discriminator-optimizer.name": name, "generator-optimizer.name": name, "training.fakes": fakes,
+           "training.mode-seeking-weight": 0.5, "warm-start.enabled": True, "warm-start.steps": 2,
+           "warm-start.discriminator-steps": 2, "privacy.target-epsilon": 50.0}
+    )  # fmt: skip
     bench = Bench(config)
     message = bench.gradient()
+    moments = site_moments(
+        bench.records, config=config, plan=bench.plan, discriminator=bench.discriminator, entropy=bench.entropy
+    )
 
     def server() -> ServerTraining:
-        return ServerTraining(config, bench.plan, PROMPTS, bench.encoder)
+        started = ServerTraining(config, bench.plan, PROMPTS, bench.encoder)
+        started.warm_start(moments, 1)
+        return started
 
     undisturbed = server()
     for server_round in (1, 2, 3):
         undisturbed.step(message, 2, server_round)
     first = server()
     first.step(message, 2, 1)
-    resumed = server()
+    resumed = ServerTraining(config, bench.plan, PROMPTS, bench.encoder)
     resumed.load_state_dict(first.state_dict())
     for server_round in (2, 3):
         resumed.step(message, 2, server_round)

@@ -12,7 +12,9 @@ FIRST_SHARE = 4  # the first layer has `width` / 4 channels, so that the deepest
 
 
 class ConvDiscriminator(Discriminator):
-    """4 x 4 convolutions of stride 2, doubling channels, until the map is at most 4 cells a side."""
+    """4 x 4 convolutions of stride 2, doubling channels, until the map is at most 4 cells a side;
+    the head averages those.
+    """
 
     def __init__(self, *, data: DataConfig, settings: DiscriminatorConfig, embedding_dim: int) -> None:
         stack: list[Window] = []

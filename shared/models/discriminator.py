@@ -88,7 +88,7 @@ class Discriminator(nn.Module):
             rows = rows.view(records, views * side * side, -1)
             maps = functional.leaky_relu(layer(rows), SLOPE).view(records * views, side, side, window.channels)
         if maps.shape[1] != self.pooled_side:
-            # A star is a star wherever it lies: shared places cost a tenth of the parameters, so of the noise.
+            # A star is a star wherever it lies: shared places cost a fraction of the parameters, so of the noise.
             # Scaled so that the gradient keeps its size against the layers after it.
             scale = maps.shape[1] / self.pooled_side
             maps = functional.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), self.pooled_side) * scale

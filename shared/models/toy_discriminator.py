@@ -9,7 +9,9 @@ from shared.models.discriminator import Discriminator, Window
 
 
 class ToyDiscriminator(Discriminator):
-    """One 4 x 4 convolution; larger images are covered by a larger stride, so that 4 cells a side remain."""
+    """One 4 x 4 convolution; larger images are covered by a larger stride, so that 4 cells a side remain
+    before the head averages them.
+    """
 
     def __init__(self, *, data: DataConfig, settings: DiscriminatorConfig, embedding_dim: int) -> None:
         stride = data.image_size // 4
