@@ -121,7 +121,9 @@ def simulate(
         if not run.finished:
             _train(run, job, engine)
             _finish(run, job, engine, began)
-        result = run.read_json("result.json")
+        # Where the run lies now: a finished one may have been moved.
+        places = {"sheet": str(run.path / "sheet.png"), "next": _next_commands(run.path, run.prompts)}
+        result = {**run.read_json("result.json"), **places}
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else _result_text(out, result))
 
 

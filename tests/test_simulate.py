@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,17 @@ def test_a_finished_run_that_is_resumed_shows_its_result_again(
         assert re.search(rf"^  {name} +{value:.3f} ", text, flags=re.MULTILINE)
     assert re.search(rf"site-01 +{privacy['epsilon_per_site']['site-01']['prv']:.3f} ", text)
     assert all(word in text for word in ("PRV", "PLD", "RDP", "at delta 1e-04", "add/remove", "from seed 0"))
+
+
+def test_a_finished_run_that_was_moved_names_the_place_where_it_lies(
+    finished: tuple[Path, dict[str, Any], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished[0], moved)
+    assert run(["simulate", "--resume", "--out", str(moved)]) == 0
+    text = capsys.readouterr().out
+    assert str(moved / "sheet.png") in text
+    assert str(finished[0]) not in text
 
 
 @pytest.mark.parametrize(
