@@ -99,11 +99,11 @@ SCENARIOS = {
         ),
         Scenario(
             "fashion-mnist-10", "ten garments over ten sites, epsilon 10", "Fashion-MNIST as .npz (x_train, y_train,"
-            " class_names)", 19.0, _ten_sites, tuple(f"a photo of a {name}" for name in GARMENTS),
+            " class_names)", 9.0, _ten_sites, tuple(f"a photo of a {name}" for name in GARMENTS),
         ),
         Scenario(
             "mnist-10", "ten digits over ten sites, epsilon 10", "MNIST as .npz (x_train, y_train, class_names)",
-            19.0, _ten_sites, tuple(f"a photo of a {name}" for name in DIGITS),
+            9.0, _ten_sites, tuple(f"a photo of a {name}" for name in DIGITS),
         ),
     )
 }  # fmt: skip
