@@ -5,7 +5,8 @@
     |- ConfigError              3   a setting is unknown, of the wrong type, or out of bounds
     |- DataError                4   images, captions or prompts cannot be used
     |- PrivacyError             5   the privacy that was asked for cannot be had
-    |  `- BudgetExhausted       5   the next release would pass the budget
+    |  |- BudgetExhausted       5   the next release would pass the budget
+    |  `- LedgerError           5   a ledger is damaged, behind its anchor, in use, or cannot be written
     |- ProtocolError            6   a message of a round is malformed, oversize, or of another version
     |- FederationError          7   a site or an engine failed; the run stops
     |- RunDirectoryError        8   a run or model folder is missing, incomplete or in use
@@ -54,6 +55,10 @@ class PrivacyError(FedCanvasError):
 
 
 class BudgetExhausted(PrivacyError):
+    pass
+
+
+class LedgerError(PrivacyError):
     pass
 
 

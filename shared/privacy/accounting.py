@@ -3,8 +3,9 @@
 Priced is one site's run: Poisson-subsampled Gaussian steps of fixed q and sigma, and at most one unsampled
 Gaussian release before them (the warm start). Adding and removing a record are composed separately. An
 accountant that fails is replaced by a looser bound and the report says so; no approximation ever counts.
-Not here: the choice of sigma (`shared.privacy.plan`), whether a release is allowed, and pricing across runs,
-whose parameters the server chooses after it saw outputs.
+Across runs, whose parameters the server chooses after it saw outputs, `composed_epsilon` tells what is known
+afterwards and `renyi_cost` what a Renyi filter adds up; whether a release is allowed is `shared.privacy.budget`'s.
+Not here: the choice of sigma (`shared.privacy.plan`).
 """
 
 from __future__ import annotations
@@ -149,12 +150,65 @@ class EpsilonTable:
         )  # fmt: skip
 
     @property
+    def reports(self) -> list[EpsilonReport]:
+        return list(self._reports)
+
+    @property
     def largest(self) -> int:
         return self._steps[-1]
 
     def at(self, steps: int) -> EpsilonReport:
         assert 0 <= steps <= self.largest, f"{steps} steps, the table ends at {self.largest}"
         return self._reports[bisect_left(self._steps, steps)]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Releases of one run that were charged: `steps` subsampled ones, and at most one unsampled."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+    unsampled_noise_multiplier: float | None = None
+
+
+def composed_epsilon(history: Sequence[Spent], *, delta: float) -> EpsilonReport:
+    """Epsilon of several runs together, as if all their parameters had been fixed beforehand.
+
+    They were not: the server chose each run after it saw the last one's releases. So this figure is told and never
+    admits anything (Rogers et al. 2016, https://arxiv.org/abs/1605.08294). PRV is not computed over several
+    runs: its field holds PLD's value.
+    """
+    parts = [part for part in history if part.steps or part.unsampled_noise_multiplier]
+    steps = sum(part.steps for part in parts)
+    if not parts:
+        return EpsilonReport(0.0, 0.0, 0.0, delta, 0)
+    if any(part.noise_multiplier == 0 for part in parts):
+        return EpsilonReport.no_privacy(delta=delta, steps=steps)
+    for part in parts:
+        _Releases(part.sampling_rate, part.noise_multiplier, 0.0).check(delta, [part.steps])
+    rdp = _converted(np.sum([_rdp_of(part, ORDERS) for part in parts], axis=0), delta)
+    try:
+        pld, fallback = _composed_pld(parts, delta, about=rdp), ""
+    except Exception as error:  # whatever an accountant raises, the figure must not be lost
+        pld, fallback = rdp, f"PLD failed ({type(error).__name__}: {error}), RDP stands in"
+    return EpsilonReport(pld, pld, rdp, delta, steps, fallback=fallback)
+
+
+def renyi_cost(spent: Spent, *, order: float) -> float:
+    """Renyi divergence of order `order` between the releases of neighbours, at most; adds up over adaptive runs."""
+    return float(_rdp_of(spent, np.array([order]))[0])
+
+
+def renyi_budget(epsilon: float, delta: float, *, order: float) -> float:
+    """Divergence of order `order` that still is (`epsilon`, `delta`): inverse of Balle et al. 2020, theorem 21."""
+    return float(epsilon - _conversion(np.array([order]), delta)[0])
+
+
+def best_renyi_order(epsilon: float, delta: float) -> float:
+    """The order, to a tenth, at which a budget of (`epsilon`, `delta`) admits the most Gaussian releases."""
+    log = math.log(1 / delta)
+    return round(1 + math.sqrt(log) / (math.sqrt(log + epsilon) - math.sqrt(log)), 1)
 
 
 def analytic_gaussian_epsilon(mu: float, delta: float) -> float:
@@ -275,6 +329,28 @@ def _pld_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[
     return epsilons
 
 
+def _composed_pld(parts: Sequence[Spent], delta: float, *, about: float) -> float:
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    _check_delta(delta)
+    interval = PLD_INTERVAL * max(0.1, min(1.0, 2 * about), about / 64)
+    with np.errstate(all="ignore"):
+        total = pld.identity(value_discretization_interval=interval)
+        for part in parts:
+            if part.unsampled_noise_multiplier is not None:
+                total = total.compose(
+                    pld.from_gaussian_mechanism(
+                        part.unsampled_noise_multiplier, value_discretization_interval=interval
+                    )
+                )
+            if part.steps:
+                step = pld.from_gaussian_mechanism(
+                    part.noise_multiplier, sampling_prob=part.sampling_rate, value_discretization_interval=interval
+                )
+                total = total.compose(step.self_compose(part.steps))
+        return float(total.get_epsilon_for_delta(delta))
+
+
 def _prv_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[float]:
     """Privacy random variables: the upper end of the error interval."""
     return [upper for _, upper in _prv_intervals(releases, steps, delta, points=PRV_POINTS)]
@@ -356,18 +432,31 @@ def _rdp_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[
     Source: Mironov et al. 2019, https://arxiv.org/abs/1908.10530; conversion: Balle et al. 2020, theorem 21,
     https://arxiv.org/abs/1905.09982.
     """
-    one_step = _rdp_of_step(releases.sampling_rate, releases.noise_multiplier)
+    one_step = _rdp_of_step(releases.sampling_rate, releases.noise_multiplier, tuple(ORDERS))
     unsampled = ORDERS * releases.mu**2 / 2
-    conversion = np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
-    return [
-        max(0.0, float(np.min(count * one_step + unsampled + conversion))) if count or releases.mu else 0.0
-        for count in steps
-    ]
+    return [_converted(count * one_step + unsampled, delta) if count or releases.mu else 0.0 for count in steps]
 
 
-@lru_cache(maxsize=64)
-def _rdp_of_step(sampling_rate: float, noise_multiplier: float) -> np.ndarray:
-    """`(len(ORDERS),)`; an order that cannot be computed is infinite, which only makes the bound looser."""
+def _rdp_of(spent: Spent, orders: np.ndarray) -> np.ndarray:
+    steps = _rdp_of_step(spent.sampling_rate, spent.noise_multiplier, tuple(orders)) if spent.steps else 0.0
+    unsampled = orders * _mu(spent.unsampled_noise_multiplier) ** 2 / 2
+    divergence: np.ndarray = spent.steps * steps + unsampled
+    return divergence
+
+
+def _conversion(orders: np.ndarray, delta: float) -> np.ndarray:
+    addend: np.ndarray = np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+    return addend
+
+
+def _converted(divergences: np.ndarray, delta: float) -> float:
+    """The smallest epsilon over `ORDERS`."""
+    return max(0.0, float(np.min(divergences + _conversion(ORDERS, delta))))
+
+
+@lru_cache(maxsize=256)
+def _rdp_of_step(sampling_rate: float, noise_multiplier: float, orders: tuple[float, ...]) -> np.ndarray:
+    """One value an order; one that cannot be computed is infinite, which only makes the bound looser."""
     from opacus.accountants.analysis.rdp import compute_rdp
 
     def at(order: float) -> float:
@@ -377,5 +466,5 @@ def _rdp_of_step(sampling_rate: float, noise_multiplier: float) -> np.ndarray:
             return math.inf
 
     with np.errstate(all="ignore"):
-        values = np.array([at(float(order)) for order in ORDERS])
+        values = np.array([at(float(order)) for order in orders])
     return np.where(np.isnan(values), np.inf, values)

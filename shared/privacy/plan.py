@@ -91,7 +91,7 @@ class PrivacyPlan:
                 delta=self.delta, unit=self.unit,
                 warm_start_noise_multiplier=self.warm_start_noise_multiplier if warm_start else None,
             )  # fmt: skip
-        return _table(self, warm_start).at(steps)
+        return epsilon_table(self, warm_start).at(steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for reports; `from_dict` reads it back."""
@@ -222,7 +222,7 @@ def _power_of_ten_below(bound: float) -> float:
 
 
 @lru_cache(maxsize=8)
-def _table(plan: PrivacyPlan, warm_start: bool) -> EpsilonTable:
+def epsilon_table(plan: PrivacyPlan, warm_start: bool) -> EpsilonTable:
     return EpsilonTable(
         sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier,
         exact_at=(plan.steps, plan.reserved_steps), delta=plan.delta, unit=plan.unit,
