@@ -7,15 +7,25 @@ every path ends in a reply, and one that went wrong in a refusal code. Loads not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.site import SETTINGS, Site, SiteRefusal, log_exception, open_site
+from client.gate import Slot, build
+from client.site import SETTINGS, Site, SiteRefusal, log_exception, note_refusal, open_site
 from shared.errors import ConfigError, FederationError, ProtocolError
-from shared.records import MESSAGE_TYPES, Refusal, RefusalCode, SiteReply, decode_instruction, encode_reply
+from shared.records import (
+    MESSAGE_TYPES,
+    Refusal,
+    RefusalCode,
+    RoundInstruction,
+    SiteReply,
+    decode_instruction,
+    encode_reply,
+)
 from shared.tree import check_same_tree, code_digest
 
 RELEASE = code_digest(check_same_tree(__file__))
@@ -41,36 +51,56 @@ def make_app(site_dirs: Sequence[Path] | None = None) -> ClientApp:
 
 
 def answer(message: Message, context: Context, *, site_dirs: tuple[str, ...] | None, release: str) -> Message:
-    """Always a reply: the site's, or its refusal."""
-    folder: Path | None = None
-    site: Site | None = None
-    reply: SiteReply | Refusal
-    try:
-        folder, simulated = _find_site(context, site_dirs)
-        if release != RELEASE:
-            raise FederationError(f"the run was started by other code than {Path(__file__).parents[1]} holds")
-        site = open_site(folder, simulated=simulated)
-        instruction = decode_instruction(message.content)
-        if MESSAGE_TYPES[instruction.kind] != message.metadata.message_type:
-            raise ProtocolError(f"an instruction of kind '{instruction.kind}' came as another message type")
-        reply = site.answer(instruction)
-    except SiteRefusal as refusal:
-        reply = _refuse(refusal.code, site, folder)
-        if site:
-            site.log(f"refused ({refusal.code}): {refusal.reason}")
-    except ProtocolError as error:
-        reply = _refuse(RefusalCode.MESSAGE, site, folder, error)
-    except FederationError as error:
-        reply = _refuse(RefusalCode.RELEASE, site, folder, error)
-    except Exception as error:
-        reply = _refuse(RefusalCode.SITE, site, folder, error)
+    """Always a reply: the site's, or its refusal, and at a deployed site at the end of a public slot."""
+    slot, asked = Slot(), _Asked()
+    reply = _answer(message, context, asked, site_dirs=site_dirs, release=release)
+    if asked.site is not None and (used := slot.wait(asked.site.slot_seconds)) > 1:
+        asked.site.log(f"incident: the answer missed {used - 1} slot(s) of {asked.site.slot_seconds:g} s")
     return Message(encode_reply(reply), reply_to=message)
 
 
-def _refuse(code: RefusalCode, site: Site | None, folder: Path | None, error: Exception | None = None) -> Refusal:
-    if error is not None and folder is not None:
-        log_exception(folder, error)
-    return Refusal(site.site_id if site else "", code)
+@dataclass
+class _Asked:
+    """Who was asked for what, as far as it is known."""
+
+    folder: Path | None = None
+    site: Site | None = None
+    instruction: RoundInstruction | None = None
+
+
+def _answer(
+    message: Message, context: Context, asked: _Asked, *, site_dirs: tuple[str, ...] | None, release: str
+) -> SiteReply | Refusal:  # fmt: skip
+    try:
+        asked.folder, simulated = _find_site(context, site_dirs)
+        if release != RELEASE:
+            raise FederationError(f"the run was started by other code than {Path(__file__).parents[1]} holds")
+        asked.site = open_site(asked.folder, simulated=simulated)
+        asked.instruction = decode_instruction(message.content)
+        if MESSAGE_TYPES[asked.instruction.kind] != message.metadata.message_type:
+            raise ProtocolError(f"an instruction of kind '{asked.instruction.kind}' came as another message type")
+        return asked.site.answer(asked.instruction)
+    except SiteRefusal as refusal:
+        if asked.site:
+            asked.site.log(f"refused ({refusal.code}): {refusal.reason}")
+        return _refuse(refusal.code, asked)
+    except ProtocolError as error:
+        return _refuse(RefusalCode.MESSAGE, asked, error)
+    except FederationError as error:
+        return _refuse(RefusalCode.RELEASE, asked, error)
+    except Exception as error:
+        return _refuse(RefusalCode.SITE, asked, error)
+
+
+def _refuse(code: RefusalCode, asked: _Asked, error: Exception | None = None) -> Refusal:
+    if asked.folder is not None:
+        if error is not None:
+            log_exception(asked.folder, error)
+        known = asked.instruction
+        note_refusal(asked.folder, code, known.run_id if known else "", known.server_round if known else -1)
+    refusal = build(code, site_id=asked.site.site_id if asked.site else "")
+    assert isinstance(refusal, Refusal)
+    return refusal
 
 
 def _find_site(context: Context, site_dirs: tuple[str, ...] | None) -> tuple[Path, bool]:

@@ -1,26 +1,61 @@
 """The one function that builds what leaves a site. It fails closed: what is not on the list does not pass.
 
-The list has one entry: a vector of lattice integers whose length is fixed by public settings alone.
-Not here: clipping, noise and the charge; the vector that comes in has them behind it.
+The list has two entries: a vector of lattice integers whose length is fixed by public settings alone, with the
+run's head in the site's ledger behind it; and a refusal, a code of a fixed list and never a text.
+`Slot` keeps when it leaves apart from how long the work took. Not here: clipping, noise and the charge; the
+vector that comes in has them behind it.
 """
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 import numpy as np
 
 from shared.errors import ProtocolError
-from shared.records import LATTICE_LIMIT, MESSAGE_TYPES, RoundInstruction, SiteReply, pack_lattice
+from shared.records import (
+    DIGEST,
+    LATTICE_LIMIT,
+    MESSAGE_TYPES,
+    NAME,
+    Refusal,
+    RefusalCode,
+    RoundInstruction,
+    SiteReply,
+    pack_envelope,
+)
 
 
-def build_reply(payload: np.ndarray, *, instruction: RoundInstruction, site_id: str, length: int) -> SiteReply:
-    """The reply to `instruction`.
+@dataclass(frozen=True, eq=False)
+class Release:
+    """What a site would answer to `instruction`.
 
-    Args:
+    Attributes:
         payload: `(length,)` int64, already noised, in units of the plan's lattice.
+        head: of the run in the site's ledger, 64 hex digits.
         length: by the public plan; never taken from the payload.
-    Raises:
-        ProtocolError: the payload is of another kind, type, shape or size. The text has no value of it.
     """
+
+    instruction: RoundInstruction
+    payload: np.ndarray
+    head: str
+    length: int
+
+
+def build(content: Release | RefusalCode, *, site_id: str) -> SiteReply | Refusal:
+    """What leaves the site `site_id`.
+
+    Raises:
+        ProtocolError: the content is of another kind, type, shape or size. The text has no value of it.
+    """
+    if site_id and not NAME.fullmatch(site_id):
+        raise ProtocolError("a site id is not 1 to 64 letters, digits, dots, dashes or underscores")
+    if isinstance(content, RefusalCode):
+        return Refusal(site_id, content)
+    if type(content) is not Release or not site_id:
+        raise ProtocolError("neither a release nor a refusal code")
+    instruction, payload, length = content.instruction, content.payload, content.length
     if instruction.kind not in MESSAGE_TYPES:
         raise ProtocolError(f"nothing of kind '{instruction.kind}' may leave a site")
     if type(payload) is not np.ndarray or payload.dtype != np.int64:
@@ -30,9 +65,26 @@ def build_reply(payload: np.ndarray, *, instruction: RoundInstruction, site_id: 
     # Integers are finite by themselves; the limit keeps the sum over all sites from wrapping around.
     if length and (payload.min() < -LATTICE_LIMIT or payload.max() > LATTICE_LIMIT):
         raise ProtocolError("a payload holds a value beyond the lattice's limit")
+    if not DIGEST.fullmatch(content.head):
+        raise ProtocolError("the head of the run is not 64 hex digits")
     return SiteReply(
         run_id=instruction.run_id,
         server_round=instruction.server_round,
         site_id=site_id,
-        envelope=pack_lattice(payload),
+        envelope=pack_envelope(payload, content.head),
     )
+
+
+class Slot:
+    """When an answer leaves: a whole number of public slots after the instruction came (PRIVACY rule 15)."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def wait(self, seconds: float) -> int:
+        """Waits for the end of the slot and returns its number; more than 1 means that slots were missed."""
+        if seconds <= 0:
+            return 1
+        used = int((time.monotonic() - self._began) // seconds) + 1
+        time.sleep(max(0.0, self._began + used * seconds - time.monotonic()))
+        return used

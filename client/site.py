@@ -1,16 +1,24 @@
 """A site: its own settings, its data opened once, and whether and how it answers an instruction.
 
-What decides is the instruction and the site's own files, never the records: everything that depends on them
-ends in one code, `RefusalCode.SITE`, and the reason goes to the site's own log.
-Not here: the lifetime ledger, which this release does not have yet: a site keeps no account over runs.
+What decides is the instruction and the site's own files (policy, ledger, what a person approved), never the records:
+everything that depends on them, or on what is left of the budget, ends in one code, `RefusalCode.SITE`, and the
+reason goes to the site's own log.
+
+    admit      settings and their digest, place in the run, policy, approval, price; no record is read before this
+    reserve    a new run whole, in the ledger; then each release is charged, on disk, before training
+    commit     the reply is kept, noted in the ledger, and only then handed over
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import math
 import os
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -19,23 +27,38 @@ from traceback import extract_tb
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field, ValidationError
+from scipy.stats import binom
 from torch import Tensor
 
-from client.gate import build_reply
+from client.account import ProposedRun, SiteAccount
+from client.gate import Release, build
+from client.policy import SitePolicy
 from client.training import PrivateRecords, load_weights, prepare_records, site_gradient, site_moments, site_update
 from shared.config import RunConfig, Section, read_toml
 from shared.data import open_dataset
-from shared.errors import ConfigError, DataError, FedCanvasError, PrivacyError, PromptError
+from shared.errors import (
+    ConfigError,
+    DataError,
+    FedCanvasError,
+    LedgerError,
+    PrivacyError,
+    PromptError,
+)
 from shared.models import Discriminator, build_discriminator, parameter_count
 from shared.moments import moment_size
+from shared.privacy.budget import Lifetime, Price, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
+from shared.privacy.ledger import RunAccount, RunTerms, write_note
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.prompts import PromptPool
-from shared.records import NAME, RefusalCode, RoundInstruction, SiteReply
+from shared.records import NAME, RefusalCode, RoundInstruction, SiteReply, unpack_envelope
 from shared.text import CaptionEncoder, build_encoder
+from shared.tree import code_digest
 
 SETTINGS = "site.toml"
-LOG = "site.log"
+LOG, REFUSALS = "site.log", "refusals.jsonl"
+OVERFLOW_SHARE = 1e-3  # of a run's delta, for draws that are larger than the padded work
+RELEASE_CODE = code_digest(Path(__file__).resolve().parents[1])
 
 
 class SiteConfig(Section):
@@ -47,6 +70,14 @@ class SiteConfig(Section):
     data: str = Field(min_length=1, description="Folder or file with the captioned images.")
     cache_dir: str = Field("cache", min_length=1, description="Where decoded images are kept.")
     indices: str | None = Field(None, description="A .npy of row numbers: only these rows are this site's.")
+    lineage: str = Field(pattern=f"^(?:{NAME.pattern})$", description="Name of the records in the ledger.")
+    store: str = Field("lineages", min_length=1, description="Folder with the ledgers of all lineages of this machine.")
+    published_records: int | None = Field(
+        None, ge=1, description="Units of this site, rounded up, as it may be told; the work of a step is padded by it."
+    )
+    slot_seconds: float = Field(
+        0.0, ge=0, le=3600, description="A deployed site answers at the end of such a slot, however long the work took."
+    )
     simulated_seed: int | None = Field(
         None, ge=0, lt=2**63, description="Simulations only: seeds the draw and the noise; a deployed site refuses it."
     )
@@ -67,7 +98,7 @@ class SiteConfig(Section):
         folder.mkdir(parents=True, exist_ok=True)
         values = self.model_dump(by_alias=True, exclude_none=True)
         lines = [f"{name} = {_toml(value)}\n" for name, value in values.items()]
-        (folder / SETTINGS).write_text("".join(lines), encoding="utf-8")
+        write_note(folder / SETTINGS, "".join(lines), durable=self.simulated_seed is None)
 
 
 class SiteRefusal(Exception):
@@ -108,7 +139,15 @@ class Site:
                 f"{folder} is {'a simulated' if seed is not None else 'a deployed'} site and was opened as the other",
                 hint="simulated-seed belongs to simulations, and only there",
             )
+        if seed is None and self.config.published_records is None:
+            raise ConfigError(
+                f"{folder / SETTINGS}: 'published-records' is missing",
+                hint="how many records the site says it has, rounded up: the work of a step is padded by it",
+            )
         self.entropy = entropy or (SystemEntropy() if seed is None else SeededEntropy(seed, self.site_id))
+        self.account = SiteAccount(folder, store=folder / self.config.store, lineage=self.config.lineage)
+        if self.account.ledger.lineage.simulated and not simulated:
+            raise ConfigError(f"lineage '{self.config.lineage}' is simulated, and {folder} is a deployed site")
         self._lock = threading.Lock()
         self._public: PublicSide | None = None
         self._records: PrivateRecords | None = None
@@ -117,6 +156,10 @@ class Site:
     def site_id(self) -> str:
         return self.config.site_id
 
+    @property
+    def slot_seconds(self) -> float:
+        return 0.0 if self.simulated else self.config.slot_seconds
+
     def answer(self, instruction: RoundInstruction) -> SiteReply:
         """The one reply to `instruction`; one at a time.
 
@@ -124,18 +167,139 @@ class Site:
             SiteRefusal: with the code that may leave the site.
         """
         with self._lock:
-            config, plan = admit(instruction, simulated=self.simulated)
+            config = admit(instruction)
             torch.set_num_threads(config.compute.site_threads)  # of this thread: they are part of the result's bits
-            public = self._open_public(instruction, config, plan)
-            if instruction.weights.shape != (parameter_count(public.discriminator),):
-                raise SiteRefusal(RefusalCode.MESSAGE, f"{len(instruction.weights)} weights do not fit the model")
             try:
-                payload = self._payload(instruction, public, self._open_records(public))
-                return build_reply(
-                    payload, instruction=instruction, site_id=self.site_id, length=payload_length(instruction, public)
-                )
+                with self.account.locked():
+                    return self._answer(instruction, config)
             except FedCanvasError as error:
-                raise SiteRefusal(RefusalCode.SITE, error.message) from error
+                raise SiteRefusal(RefusalCode.SITE, f"{error.message} ({error.hint or 'no hint'})") from error
+
+    def _answer(self, instruction: RoundInstruction, config: RunConfig) -> SiteReply:
+        began = time.monotonic()
+        account, run_id = self.account, instruction.run_id
+        run = account.ledger.runs.get(run_id)
+        self._check_shown_head(instruction, run)
+        if run is not None and (run.terms.config_digest, run.terms.prompts_digest) != (
+            instruction.config_digest, instruction.prompts_digest,
+        ):  # fmt: skip
+            raise SiteRefusal(RefusalCode.CONFIG, f"run {run_id} began with other settings or prompts")
+        policy = SitePolicy.read(self.folder)
+        if policy.code and RELEASE_CODE not in policy.code:
+            raise SiteRefusal(RefusalCode.RELEASE, f"the policy does not allow the installed code {RELEASE_CODE}")
+        plan = run.terms.plan if run is not None else _plan(config)
+        if violations := list(policy.violations(config, plan)):
+            raise SiteRefusal(RefusalCode.POLICY, f"run {run_id} of {config.federation.name}: {'; '.join(violations)}")
+        public = self._open_public(instruction, config, plan)
+        parameters = parameter_count(public.discriminator)
+        if instruction.weights.shape != (parameters,):
+            raise SiteRefusal(RefusalCode.MESSAGE, f"{len(instruction.weights)} weights do not fit the model")
+        if parameters > policy.max_parameters:
+            raise SiteRefusal(RefusalCode.POLICY, f"{parameters} parameters are more than {policy.max_parameters}")
+        if run is None:
+            run = self._reserve(instruction, config, plan, policy)
+        elif run.closed is not None:
+            raise SiteRefusal(RefusalCode.APPROVAL, f"run {run_id} was ended here: {run.closed}")
+        length = payload_length(instruction, public)
+        if (envelope := account.stored_reply(instruction)) is not None:
+            payload, head = unpack_envelope(envelope, length=length)
+            reply = self._leave(Release(instruction, payload, head, length))
+            account.ledger.resend(
+                run_id, server_round=instruction.server_round, size=len(envelope), sha256=_sha256(envelope)
+            )
+            self.log(f"run {run_id} round {instruction.server_round}: asked again, the same bytes are sent again")
+            return reply
+        records = self._open_records(public)
+        local_steps = config.federation.local_steps
+        moments = instruction.kind == "moments"
+        charge = account.charge(
+            run.terms, instruction, release="moments" if moments else "update" if local_steps > 1 else "gradient",
+            steps=0 if moments else local_steps,
+            nonce=self.entropy.rng("head", run_id, account.ledger.runs[run_id].charges).bytes(16),
+            again=self.entropy.simulated,
+        )  # fmt: skip
+        payload = self._payload(instruction, public, records)
+        reply = self._leave(Release(instruction, payload, charge.head, length))
+        account.store_reply(instruction, reply.envelope)
+        account.ledger.commit(
+            charge, size=len(reply.envelope), sha256=_sha256(reply.envelope),
+            fields=[["payload", "int64", [length]], ["head", "uint8", [32]]],
+        )  # fmt: skip
+        self.log(
+            f"run {run_id} round {instruction.server_round}: answered in {time.monotonic() - began:.2f} s,"
+            f" epsilon {charge.epsilon_before:.4g} -> {charge.epsilon_after:.4g} of {run.price.epsilon:.4g} reserved"
+        )
+        return reply
+
+    def _leave(self, release: Release) -> SiteReply:
+        reply = build(release, site_id=self.site_id)
+        assert isinstance(reply, SiteReply)
+        return reply
+
+    def _check_shown_head(self, instruction: RoundInstruction, run: RunAccount | None) -> None:
+        """A head that the server remembers and this ledger does not have: the ledger was set back, or copied."""
+        shown = instruction.heads.get(self.site_id)
+        if shown is not None and (run is None or shown not in run.heads):
+            raise LedgerError(
+                f"run {instruction.run_id}: the server shows a release that this ledger does not have",
+                hint="the ledger was set back or copied: find the newest one; until then no more of this run leaves",
+            )
+
+    def _reserve(
+        self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan, policy: SitePolicy
+    ) -> RunAccount:
+        """Approval, price and ceiling of a new run, then its reservation; no record is read for it."""
+        account, unit = self.account, config.privacy.unit
+        padded = plan.private and not self.simulated
+        lifetimes, prices = [], []
+        for ledger in account.ledgers:
+            if ledger.lineage.unit != unit:
+                raise SiteRefusal(RefusalCode.POLICY, f"lineage '{ledger.lineage.name}' has another unit than {unit}")
+            lifetimes.append(_lower(ledger.lineage.lifetime, policy))
+            prices.append(price_run(plan, lifetimes[-1], overflow_share=OVERFLOW_SHARE if padded else 0.0))
+        rows_cap = None
+        if padded:
+            assert self.config.published_records is not None
+            rows_cap = max(padded_rows(plan, price, self.config.published_records) for price in prices)
+        terms = RunTerms(
+            instruction.run_id, config.federation.name, instruction.config_digest, instruction.prompts_digest,
+            RELEASE_CODE, plan, rows_cap,
+        )  # fmt: skip
+        if policy.approve_each_run:
+            self._check_approval(instruction, config, plan, prices[0].epsilon, prices[0].delta)
+        if policy.max_run_epsilon is not None and prices[0].epsilon > policy.max_run_epsilon:
+            raise SiteRefusal(
+                RefusalCode.POLICY,
+                f"run {terms.run} costs epsilon {prices[0].epsilon:.4g}, a run may cost {policy.max_run_epsilon:g}",
+            )
+        for ledger, price, lifetime in zip(account.ledgers, prices, lifetimes, strict=True):
+            ledger.check_fits(terms, price, lifetime=lifetime)
+        for ledger, price, lifetime in reversed(list(zip(account.ledgers, prices, lifetimes, strict=True))):
+            through = "" if ledger is account.ledger else account.lineage
+            run = ledger.reserve(terms, price, lifetime=lifetime, through=through)
+        self.log(
+            f"run {terms.run} of {terms.federation} is admitted: epsilon {prices[0].epsilon:.4g} at delta"
+            f" {prices[0].delta:.1e} reserved, {account.ledger.left} left"
+        )
+        return run
+
+    def _check_approval(
+        self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan, epsilon: float, delta: float
+    ) -> None:
+        proposed = self.account.proposed(instruction.run_id)
+        asked_for = (instruction.config_digest, instruction.prompts_digest)
+        if proposed is None or (proposed.config_digest, proposed.prompts_digest) != asked_for:
+            proposed = ProposedRun(
+                instruction.run_id, config.federation.name, *asked_for, "pending",
+                run_summary(config, plan, len(instruction.prompts), epsilon, delta),
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            )  # fmt: skip
+            self.account.write_proposed(proposed)
+        if proposed.decision != "approved":
+            raise SiteRefusal(
+                RefusalCode.APPROVAL,
+                f"run {instruction.run_id} is {proposed.decision}: `fedcanvas client runs` shows what it asks for",
+            )
 
     def _payload(self, instruction: RoundInstruction, public: PublicSide, records: PrivateRecords) -> np.ndarray:
         """Clipped, noised and in lattice units: nothing before this line may leave."""
@@ -217,15 +381,13 @@ def open_site(folder: Path, *, simulated: bool) -> Site:
         return _SITES[key]
 
 
-def admit(instruction: RoundInstruction, *, simulated: bool) -> tuple[RunConfig, PrivacyPlan]:
-    """The instruction's settings and the site's own plan for them: nothing private is taken from the message.
+def admit(instruction: RoundInstruction) -> RunConfig:
+    """The instruction's settings, once they are those of their digest and it is in place in its run.
 
     Raises:
         SiteRefusal: by public quantities alone.
     """
-    config, plan = _settings(instruction.config_json, instruction.config_digest)
-    if not plan.private and not simulated:
-        raise SiteRefusal(RefusalCode.PLAN, "a deployed site does not answer without privacy")
+    config = _settings(instruction.config_json, instruction.config_digest)
     moments, local_steps = instruction.kind == "moments", config.federation.local_steps
     if instruction.server_round > config.federation.rounds or moments != (instruction.server_round == 0):
         raise SiteRefusal(RefusalCode.MESSAGE, f"the run has no round {instruction.server_round}")
@@ -237,11 +399,11 @@ def admit(instruction: RoundInstruction, *, simulated: bool) -> tuple[RunConfig,
         size, channels = config.data.image_size, config.data.channels
         if instruction.fakes.images.shape[1:] != (size, size, channels):
             raise SiteRefusal(RefusalCode.MESSAGE, f"the fakes are not of {size} x {size} x {channels}")
-    return config, plan
+    return config
 
 
 @lru_cache(maxsize=16)
-def _settings(config_json: str, config_digest: str) -> tuple[RunConfig, PrivacyPlan]:
+def _settings(config_json: str, config_digest: str) -> RunConfig:
     """The same for every round of a run, so it is read once."""
     try:
         config = RunConfig.from_json(config_json)
@@ -249,10 +411,53 @@ def _settings(config_json: str, config_digest: str) -> tuple[RunConfig, PrivacyP
         raise SiteRefusal(RefusalCode.CONFIG, error.message) from error
     if config.digest != config_digest:
         raise SiteRefusal(RefusalCode.CONFIG, "the settings are not those of their digest")
+    return config
+
+
+def _plan(config: RunConfig) -> PrivacyPlan:
+    """The site's own: nothing of it is taken from the message but public settings."""
     try:
-        return config, make_plan(config)
+        return make_plan(config)
     except PrivacyError as error:
         raise SiteRefusal(RefusalCode.PLAN, error.message) from error
+
+
+def _lower(lifetime: Lifetime, policy: SitePolicy) -> Lifetime:
+    """The lower ceiling counts, the ledger's or the policy's."""
+    return replace(
+        lifetime,
+        max_epsilon=min(lifetime.max_epsilon, policy.max_epsilon), delta=min(lifetime.delta, policy.delta),
+    )  # fmt: skip
+
+
+def padded_rows(plan: PrivacyPlan, price: Price, units: int) -> int:
+    """Rows that each step is padded to: a larger draw of `units` has a probability within the price's delta.
+
+    A draw that is larger all the same is cut. That changes what leaves with at most this probability a step, so
+    (epsilon, delta) holds with (1 + e^epsilon) times the sum over steps added to delta: `OVERFLOW_SHARE` of it.
+    """
+    probability = OVERFLOW_SHARE * price.delta / max(1, plan.reserved_steps) / (1 + math.exp(min(price.epsilon, 700.0)))
+    rows = int(binom.isf(probability, units, plan.sampling_rate)) if probability > 1e-300 else units
+    while rows < units and binom.sf(rows, units, plan.sampling_rate) > probability:
+        rows += 1
+    return max(rows, 1)
+
+
+def run_summary(config: RunConfig, plan: PrivacyPlan, prompts: int, epsilon: float, delta: float) -> list[str]:
+    """What a run asks for, in words and public figures, for the person who decides."""
+    federation = config.federation
+    lines = [
+        f"federation {federation.name}: {federation.sites} sites, {federation.rounds} rounds of"
+        f" {federation.local_steps} step(s), {config.privacy.retry_slack} more for repeated rounds",
+        f"it would cost each {config.privacy.unit} epsilon {epsilon:.4g} at delta {delta:.1e} here, reserved whole",
+        f"sampling rate {plan.sampling_rate:g}, noise multiplier {plan.noise_multiplier:g}, clipping norm"
+        f" {plan.clipping_norm:g}, {config.privacy.noise} noise",
+        f"pictures of {config.data.image_size} px, discriminator {config.discriminator.name}, text encoder"
+        f" {config.text.encoder}, {prompts} public prompts",
+    ]
+    if config.warm_start.enabled:
+        lines.append(f"one release of noised moments before the first round, noise {plan.warm_start_noise_multiplier}")
+    return lines
 
 
 def payload_length(instruction: RoundInstruction, public: PublicSide) -> int:
@@ -278,10 +483,24 @@ def log(folder: Path, text: str) -> None:
         pass  # a full disk must not decide whether a site answers
 
 
+def note_refusal(folder: Path, code: RefusalCode, run: str, server_round: int) -> None:
+    """A line that a refusal left, for the receipts; as with the log, a full disk decides nothing."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    line = {"time": now, "code": code.value, "run": run, "server_round": server_round}
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder / REFUSALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 _SITES: dict[tuple[Path, bool], Site] = {}
 _OPENING = threading.Lock()
 _BUILDING = threading.Lock()  # models are initialised under torch's one global seed
 
 
-def _toml(value: str | int) -> str:
+def _toml(value: str | float) -> str:
     return json.dumps(value, ensure_ascii=False)

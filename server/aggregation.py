@@ -6,28 +6,42 @@ Not here: waiting for replies and naming who failed (`server.rounds`), and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from shared.errors import ProtocolError
-from shared.records import MAX_SITES, SiteReply, unpack_lattice
+from shared.records import MAX_SITES, SiteReply, unpack_envelope
 
 
-def combine(replies: Sequence[SiteReply], *, run_id: str, server_round: int, length: int) -> tuple[np.ndarray, int]:
-    """The sum over sites and how many they were.
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """The sum over sites, all of it public.
+
+    Attributes:
+        total: `(length,)` int64 in lattice units.
+        replies: how many sites it holds.
+        heads: site id to the head of the run in its ledger; remembered, and shown back with the next instruction.
+    """
+
+    total: np.ndarray
+    replies: int
+    heads: dict[str, str]
+
+
+def combine(replies: Sequence[SiteReply], *, run_id: str, server_round: int, length: int) -> Combined:
+    """The sum over sites, how many they were, and what their ledgers say of the run.
 
     Args:
         replies: one a site, in any order.
         length: entries of a payload, by the public plan.
-    Returns:
-        `(length,)` int64 in lattice units, and the number of replies; both are public.
     Raises:
         ProtocolError: a reply of another run or round, a second one of a site, another length, a value
             beyond the lattice's limit, or no reply at all.
     """
     if not 1 <= len(replies) <= MAX_SITES:
         raise ProtocolError(f"{len(replies)} replies cannot be summed, allowed is 1 to {MAX_SITES}")
-    seen: set[str] = set()
+    heads: dict[str, str] = {}
     total = np.zeros(length, dtype=np.int64)
     for reply in replies:
         if reply.run_id != run_id or reply.server_round != server_round:
@@ -35,8 +49,8 @@ def combine(replies: Sequence[SiteReply], *, run_id: str, server_round: int, len
                 f"site {reply.site_id} answers round {reply.server_round} of run {reply.run_id},"
                 f" asked was round {server_round} of run {run_id}"
             )
-        if reply.site_id in seen:
+        if reply.site_id in heads:
             raise ProtocolError(f"site {reply.site_id} answers twice in round {server_round}")
-        seen.add(reply.site_id)
-        total += unpack_lattice(reply.envelope, length=length)  # below 2**62: see LATTICE_LIMIT
-    return total, len(replies)
+        values, heads[reply.site_id] = unpack_envelope(reply.envelope, length=length)
+        total += values  # below 2**62: see LATTICE_LIMIT
+    return Combined(total, len(replies), heads)

@@ -1,7 +1,8 @@
 """The round loop over Flower's Grid, in order, and the waiting for replies. One loop for every engine.
 
-Every site must answer every round. A site that refuses, fails or is silent past the deadline stops the run
-with `FederationError`; what was charged stays charged, and a resume goes on from the last checkpoint.
+Every site must answer every round, but for those that refuse: the run goes on without them while
+`federation.fewest-sites` answer. Too few answers, a site that fails, or one that is silent past the deadline stop
+the run with `FederationError`; what was charged stays charged, and a resume goes on from the last checkpoint.
 Not here: what a round learns (`server.training`), and how a run ends on disk (`server.app`).
 """
 
@@ -53,7 +54,9 @@ REFUSALS = {
     RefusalCode.MESSAGE: "it could not read the instruction, or not at this point of the run",
     RefusalCode.CONFIG: "the settings are not valid there",
     RefusalCode.PLAN: "its own plan cannot give the privacy that is asked for",
-    RefusalCode.RELEASE: "its code is mixed from two releases",
+    RefusalCode.POLICY: "its policy does not allow these settings",
+    RefusalCode.APPROVAL: "nobody there has approved the run yet (`fedcanvas client runs`), or it was denied",
+    RefusalCode.RELEASE: "its code is mixed from two releases, or is not the one that its policy allows",
     RefusalCode.SITE: "its data or its budget does not allow an answer",
 }
 
@@ -81,7 +84,8 @@ def run_rounds(
         FederationError, ProtocolError: a site refused, failed, or answered what is no answer.
         BudgetExhausted: the slack for repeated rounds is used up.
     """
-    rounds, sites = config.federation.rounds, Sites(grid, config.federation.sites, observer, reply_seconds)
+    rounds, fewest = config.federation.rounds, config.federation.fewest_sites or config.federation.sites
+    sites = Sites(grid, config.federation.sites, observer, reply_seconds, fewest=fewest)
     server_round = 0 if config.warm_start.enabled else 1
     if (checkpoint := rundir.load_latest_checkpoint()) is not None:
         training.load_state_dict(checkpoint[1])
@@ -97,9 +101,11 @@ def run_rounds(
             attempt = charge(rundir, server_round, config=config, plan=plan)
             instruction = next_instruction(rundir, server_round, attempt, training=training, prompts=prompts)
             length = training.moment_size() if server_round == WARM_START else parameter_count(training.discriminator)
-            replies = sites.ask(instruction)
-            released = combine(replies, run_id=rundir.run_id, server_round=server_round, length=length)
-            rundir.save_release(server_round, released[0], replies=released[1])
+            replies, refusals = sites.ask(instruction)
+            combined = combine(replies, run_id=rundir.run_id, server_round=server_round, length=length)
+            released = combined.total, combined.replies
+            rundir.remember_sites(combined.heads, {r.site_id: r.code.value for r in refusals}, server_round)
+            rundir.save_release(server_round, combined.total, replies=combined.replies)
             torch.set_num_threads(config.compute.server_threads)  # sites in this process had their own number
         first = server_round == WARM_START
         figures = training.warm_start(*released) if first else training.step(*released, server_round)
@@ -141,14 +147,16 @@ def next_instruction(
         prompts=prompts.texts,
         weights=flat_parameters(training.discriminator),
         fakes=training.fake_bank(server_round) if local else None,
+        heads=rundir.heads(),
     )
 
 
 class Sites:
-    """The nodes of a federation, each held to the site id of its first reply."""
+    """The nodes of a federation, each held to the site id of its first reply; one that refused is not asked again."""
 
-    def __init__(self, grid: Grid, count: int, observer: Observer, reply_seconds: float) -> None:
+    def __init__(self, grid: Grid, count: int, observer: Observer, reply_seconds: float, *, fewest: int) -> None:
         self.grid, self.count, self.observer, self.reply_seconds = grid, count, observer, reply_seconds
+        self.fewest = fewest
         self.names: dict[int, str] = {}
         self.node_ids: list[int] = []
 
@@ -170,11 +178,11 @@ class Sites:
             else:
                 time.sleep(POLL_SECONDS)
 
-    def ask(self, instruction: RoundInstruction) -> list[SiteReply]:
-        """One reply from every site; replies to earlier rounds and second ones are ignored.
+    def ask(self, instruction: RoundInstruction) -> tuple[list[SiteReply], list[Refusal]]:
+        """One reply or refusal from every site; replies to earlier rounds and second ones are ignored.
 
         Raises:
-            FederationError: a site refused or failed, or the deadline passed.
+            FederationError: too many sites refused, one failed, or the deadline passed.
             ProtocolError: a reply that cannot be read, or one under another site's id.
         """
         content, kind = encode_instruction(instruction), MESSAGE_TYPES[instruction.kind]
@@ -187,18 +195,29 @@ class Sites:
         # Pushing names the messages; errors that the engine makes itself carry no node id of the site.
         nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         replies: list[SiteReply] = []
+        refusals: list[Refusal] = []
         for message in stream_replies(self.grid, set(nodes), seconds=self.reply_seconds):
             node = nodes.pop(message.metadata.reply_to_message_id)
-            replies.append(self._read(message, node, instruction))
+            answer = self._read(message, node, instruction)
+            if isinstance(answer, SiteReply):
+                replies.append(answer)
+                continue
+            named = f"site {answer.site_id}" if answer.site_id else self._name(node)
+            reason = f"round {group}: {named} refused with code '{answer.code}': {REFUSALS[answer.code]}"
+            self.node_ids.remove(node)
+            refusals.append(answer)
+            if len(self.node_ids) < self.fewest:
+                raise FederationError(reason, hint="the site's own log says more")
+            self.observer.on_message(f"{reason}; the run goes on with {len(self.node_ids)} sites")
         if nodes:
             silent = ", ".join(sorted(map(self._name, nodes.values())))
             raise FederationError(
                 f"round {group}: no reply from {silent} within {self.reply_seconds:.0f} s",
                 hint="see the site's own log, then continue with --resume",
             )
-        return replies
+        return replies, refusals
 
-    def _read(self, message: Message, node: int, instruction: RoundInstruction) -> SiteReply:
+    def _read(self, message: Message, node: int, instruction: RoundInstruction) -> SiteReply | Refusal:
         place = f"round {instruction.server_round}: {self._name(node)}"
         if message.has_error():
             reason = ENGINE_ERRORS.get(message.error.code, "the engine gives no reason")
@@ -210,10 +229,7 @@ class Sites:
         except ProtocolError as error:
             raise ProtocolError(f"{place}: {error.message}", hint=error.hint) from None
         if isinstance(reply, Refusal):
-            named = f"round {instruction.server_round}: site {reply.site_id}" if reply.site_id else place
-            raise FederationError(
-                f"{named} refused with code '{reply.code}': {REFUSALS[reply.code]}", hint="the site's own log says more"
-            )
+            return reply
         if self.names.setdefault(node, reply.site_id) != reply.site_id:
             raise ProtocolError(f"{place} answers as site {reply.site_id}")
         if list(self.names.values()).count(reply.site_id) > 1:

@@ -86,9 +86,16 @@ class PrivacyConfig(Section):
 
 
 class FederationConfig(Section):
+    name: str = Field(
+        "simulation", pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$",
+        description="Name of the federation, as sites see it in their policies and receipts.",
+    )  # fmt: skip
     sites: int = Field(4, ge=1, le=10_000, description="Number of sites.")
     rounds: int = Field(300, ge=1, le=1_000_000, description="Federated rounds.")
     local_steps: int = Field(1, ge=1, le=1000, description="DP-SGD steps at a site a round; every one is charged.")
+    fewest_sites: int = Field(
+        0, ge=0, le=10_000, description="A run goes on without sites that refuse while so many answer; 0 = all of them."
+    )
     published_records: int = Field(ge=1, description="Records of all sites together, a rounded published figure.")
 
 
@@ -185,6 +192,8 @@ class RunConfig(Section):
                 "privacy.noise = 'distributed' needs secure aggregation, which this release does not have:"
                 " use 'local'"
             )
+        if self.federation.fewest_sites > self.federation.sites:
+            raise ValueError("federation.fewest-sites is more than federation.sites")
         if self.expected_batch_size < 1:
             raise ValueError(
                 "privacy.sampling-rate * federation.published-records is below one record a step"

@@ -1,10 +1,12 @@
 """The messages of a round and their only codec: down goes an instruction, up comes a reply or a refusal code.
 
     instruction: record "instruction": version, run-id, kind, server-round, attempt, config-json,
-                 config-digest, prompts;
+                 config-digest, prompts, heads;
                  arrays "weights": values (<f4), and with local steps "fakes": images (|u1), prompt-indices (<i4)
     reply:       record "reply": version, run-id, server-round, site-id; arrays "envelope": payload (|u1)
     refusal:     record "refusal": version, site-id, code
+
+An envelope is a site's integers and then 32 bytes, the head of the run in the site's ledger.
 
 Arrays are raw little-endian bytes with their type and shape beside them: nothing is unpickled, no numpy
 header is parsed, and an array of objects cannot be written down. Readers refuse another version, unknown
@@ -14,10 +16,12 @@ Not here: whether an instruction is admitted (`client.site`) and how replies are
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -27,7 +31,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from shared.errors import ProtocolError
 from shared.fakes import FakeBank
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_PARAMETERS = 2**26  # entries of one vector, down or up
 MAX_FAKES = 2**16
@@ -42,6 +46,8 @@ MAX_SITES = 2**14
 LATTICE_LIMIT = 2**48
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")  # run and site ids
+DIGEST = re.compile(r"[0-9a-f]{64}")
+HEAD_BYTES = 32
 RAW = "fedcanvas.raw"  # Flower's `stype`: how to read `data`
 
 Kind = Literal["train", "moments"]
@@ -54,6 +60,8 @@ class RefusalCode(StrEnum):
     MESSAGE = "message"  # malformed, oversize, of another protocol version, or out of place in the run
     CONFIG = "config"  # the settings do not validate, or are not those of the digest
     PLAN = "plan"  # the site's own plan cannot give the privacy that is asked for
+    POLICY = "policy"  # the site's policy does not allow these settings, whatever its data are
+    APPROVAL = "approval"  # a person at the site has not approved the run, or has denied it
     RELEASE = "release"  # the site's code is mixed from two releases
     SITE = "site"
 
@@ -69,6 +77,8 @@ class RoundInstruction:
         config_json: the canonical text of the `RunConfig` that `config_digest` names.
         weights: `(num_parameters,)` float32, the discriminator's, in the order of `flat_parameters`.
         fakes: only with `federation.local-steps` > 1.
+        heads: for each site that answered before, the head of the run that its last reply carried. A site whose
+            ledger does not know it was set back or copied, and stops.
     """
 
     run_id: str
@@ -80,11 +90,28 @@ class RoundInstruction:
     prompts: tuple[str, ...]
     weights: np.ndarray
     fakes: FakeBank | None = None
+    heads: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Names what is asked for, 64 hex digits; the same question asked again (attempt, heads) has the same."""
+        table = [self.run_id, self.kind, self.server_round, self.config_digest, list(self.prompts)]
+        digest = hashlib.sha256(json.dumps(table).encode())
+        digest.update(self.weights.astype("<f4", copy=False).tobytes())
+        if self.fakes is not None:
+            digest.update(str(self.fakes.images.shape).encode())
+            digest.update(self.fakes.images.tobytes())
+            digest.update(self.fakes.prompt_indices.astype("<i4", copy=False).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def prompts_digest(self) -> str:
+        return hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class SiteReply:
-    """All that leaves a site (PRIVACY rule 15). `envelope`: int64 lattice values, little-endian."""
+    """All that leaves a site (PRIVACY rule 15). `envelope`: see `pack_envelope`."""
 
     run_id: str
     server_round: int
@@ -110,6 +137,7 @@ def encode_instruction(instruction: RoundInstruction) -> RecordDict:
         "config-json": instruction.config_json,
         "config-digest": instruction.config_digest,
         "prompts": list(instruction.prompts),
+        "heads": [f"{site}={head}" for site, head in sorted(instruction.heads.items())],
     }
     records = RecordDict(
         {
@@ -131,7 +159,7 @@ def decode_instruction(records: RecordDict) -> RoundInstruction:
     _check_names(records, {"instruction", "weights"}, optional={"fakes"})
     table = _read_table(records, "instruction", {
         "version": int, "run-id": str, "kind": str, "server-round": int, "attempt": int, "config-json": str,
-        "config-digest": str, "prompts": list,
+        "config-digest": str, "prompts": list, "heads": list,
     })  # fmt: skip
     if table["kind"] not in MESSAGE_TYPES:
         raise ProtocolError("the instruction is of an unknown kind")
@@ -139,7 +167,7 @@ def decode_instruction(records: RecordDict) -> RoundInstruction:
     _check_range(table["server-round"], 0, MAX_ROUND, "server round")
     _check_range(table["attempt"], 1, MAX_ROUND, "attempt")
     _check_range(len(table["config-json"]), 2, MAX_CONFIG_CHARACTERS, "length of the config")
-    if not re.fullmatch(r"[0-9a-f]{64}", table["config-digest"]):
+    if not DIGEST.fullmatch(table["config-digest"]):
         raise ProtocolError("the config digest is not 64 hex digits")
     _check_range(len(table["prompts"]), 1, MAX_PROMPTS, "number of prompts")
     for prompt in table["prompts"]:
@@ -160,6 +188,7 @@ def decode_instruction(records: RecordDict) -> RoundInstruction:
         prompts=tuple(table["prompts"]),
         weights=weights,
         fakes=_read_fakes(records, len(table["prompts"])) if "fakes" in records else None,
+        heads=_read_heads(table["heads"]),
     )
 
 
@@ -196,7 +225,7 @@ def decode_reply(records: RecordDict) -> SiteReply | Refusal:
     _check_name(table["run-id"], "run id")
     _check_name(table["site-id"], "site id")
     _check_range(table["server-round"], 0, MAX_ROUND, "server round")
-    (payload,) = _read_arrays(records, "envelope", {"payload": ("|u1", 1, 8 * MAX_PARAMETERS)})
+    (payload,) = _read_arrays(records, "envelope", {"payload": ("|u1", 1, 8 * MAX_PARAMETERS + HEAD_BYTES)})
     return SiteReply(table["run-id"], table["server-round"], table["site-id"], payload.tobytes())
 
 
@@ -213,6 +242,29 @@ def unpack_lattice(envelope: bytes, *, length: int) -> np.ndarray:
     if length and (values.min() < -LATTICE_LIMIT or values.max() > LATTICE_LIMIT):
         raise ProtocolError("an envelope holds a value beyond the lattice's limit")
     return values
+
+
+def pack_envelope(values: np.ndarray, head: str) -> bytes:
+    """`(n,)` int64 and 64 hex digits to `8 n + 32` bytes."""
+    return pack_lattice(values) + bytes.fromhex(head)
+
+
+def unpack_envelope(envelope: bytes, *, length: int) -> tuple[np.ndarray, str]:
+    """`(length,)` int64 and the run's head; `ProtocolError` for another length or a value beyond the limit."""
+    if len(envelope) != 8 * length + HEAD_BYTES:
+        raise ProtocolError(f"an envelope holds {len(envelope)} bytes, the plan says {8 * length + HEAD_BYTES}")
+    return unpack_lattice(envelope[:-HEAD_BYTES], length=length), envelope[-HEAD_BYTES:].hex()
+
+
+def _read_heads(lines: list[Any]) -> dict[str, str]:
+    _check_range(len(lines), 0, MAX_SITES, "number of heads")
+    heads: dict[str, str] = {}
+    for line in lines:
+        site, _, head = line.partition("=") if type(line) is str else ("", "", "")
+        if not NAME.fullmatch(site) or not DIGEST.fullmatch(head) or site in heads:
+            raise ProtocolError("a head is not one site and 64 hex digits")
+        heads[site] = head
+    return heads
 
 
 def _read_fakes(records: RecordDict, num_prompts: int) -> FakeBank:

@@ -3,6 +3,7 @@
     config.toml prompts.txt versions.json run.json   written once, when the folder appears
     spent.jsonl        one line a started round attempt, on disk before its instructions leave
     events.jsonl       public figures of every round; no clock in it, so that equal runs have equal files
+    sites.json         heads of the run in the sites' ledgers, as last replies carried them, and who left and why
     timings.jsonl      seconds of every round, never compared, never cut
     checkpoints/       round-00050.safetensors, the last two
     releases/          noised sums that arrived after the last checkpoint
@@ -272,6 +273,32 @@ class RunDirectory:
 
     def steps_charged(self) -> int:
         return sum(line["steps"] for line in self.charges())
+
+    # ---- what sites said of themselves
+
+    def remember_sites(self, heads: Mapping[str, str], left: Mapping[str, str], server_round: int) -> None:
+        """Keeps the heads that replies carried, and the first refusal of a site."""
+        known = self._sites()
+        for site, code in left.items():
+            known["left"].setdefault(site, {"server_round": server_round, "code": code})
+        known["heads"].update(heads)
+        # As with releases: what a power cut takes from it is an older head, which every site still knows.
+        write_whole(self.path / "sites.json", to_json(known), durable=bool(left))
+
+    def heads(self) -> dict[str, str]:
+        """Site id to the head of the run that its last reply carried."""
+        heads: dict[str, str] = self._sites()["heads"]
+        return heads
+
+    def sites_left(self) -> dict[str, dict[str, Any]]:
+        """Site id to the round and the code of its refusal."""
+        left: dict[str, dict[str, Any]] = self._sites()["left"]
+        return left
+
+    def _sites(self) -> dict[str, dict[str, Any]]:
+        if not (self.path / "sites.json").is_file():
+            return {"heads": {}, "left": {}}
+        return dict(self.read_json("sites.json"))
 
     # ---- releases and checkpoints
 

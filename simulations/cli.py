@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -49,6 +50,7 @@ class Job:
     partition: str
     attribute: str | None
     alpha: float
+    max_epsilon: list[str] = field(default_factory=list)
 
 
 @new_app
@@ -79,6 +81,12 @@ def simulate(
         str | None, typer.Option(help="Column that dirichlet and by-attribute divide by.")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Of dirichlet: small is unequal.  [default: 0.5]")] = None,
+    max_epsilon: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-epsilon", metavar="[SITE=]EPSILON", help="Lifetime ceiling of all sites, or of one; several times."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; several times.")
     ] = None,
@@ -113,7 +121,7 @@ def simulate(
     asked = {
         "scenario": scenario, "data": [str(path) for path in data] if data else None,
         "reference": str(reference) if reference else None, "partition": partition,
-        "attribute": attribute, "alpha": alpha,
+        "attribute": attribute, "alpha": alpha, "max_epsilon": max_epsilon,
     }  # fmt: skip
     began = time.monotonic()
     run, job = _open_run(out, asked, overlay, prompts, resume=resume)
@@ -210,16 +218,22 @@ def _new_run(
     job = Job(
         asked["scenario"], [str(path.resolve()) for path in paths],
         str(Path(reference).resolve()) if reference is not None else None, asked["partition"] or "iid",
-        asked["attribute"], 0.5 if asked["alpha"] is None else asked["alpha"],
+        asked["attribute"], 0.5 if asked["alpha"] is None else asked["alpha"], asked["max_epsilon"] or [],
     )  # fmt: skip
     datasets = _open_data(out, job, checked)
     if reference is not None:
         _open_reference(out, job, checked)
+    if job.max_epsilon and "federation.fewest-sites" not in flat:
+        flat["federation.fewest-sites"] = 1
+        say("a site whose ceiling does not allow the run refuses, and the others go on (federation.fewest-sites = 1)")
     config = _with_public_figures(flat, sum(map(len, datasets)))
+    _ceilings(job, config)
     _check_enough(config, datasets)
     make_plan(config)  # raises where no noise reaches the epsilon
     if pool is None:
         pool = _prompts_beside(paths)
+    for stale in _sites_folder(out).glob("site-*"):
+        shutil.rmtree(stale)  # simulated sites of a run that was removed: their ledgers were only its own
     _write_sites(out, job, config, datasets)
     write_whole(_data_digest_path(out), _data_digest(datasets).encode())
     run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents={JOB: asdict(job)})
@@ -395,7 +409,11 @@ def _write_sites(out: Path, job: Job, config: RunConfig, datasets: Sequence[Imag
     """One folder a site beside the run directory: its settings, and its rows where one data set is divided."""
     import numpy as np
 
-    from client.site import SiteConfig
+    from client.enrolment import create_site
+    from client.policy import SitePolicy
+    from client.site import SETTINGS, SiteConfig
+    from shared.privacy.budget import Lifetime
+    from shared.privacy.ledger import Lineage
     from shared.rundir import write_whole
     from simulations.partition import Scheme, partition_indices
 
@@ -407,17 +425,44 @@ def _write_sites(out: Path, job: Job, config: RunConfig, datasets: Sequence[Imag
             seed=config.seed,
         )  # fmt: skip
     paths = []
+    ceilings, unit = _ceilings(job, config), config.privacy.unit
     for place, share in enumerate(shares):
         name = f"site-{place:02d}"
+        paths.append(folder / name)
+        if (folder / name / SETTINGS).is_file():
+            continue  # of this run, which goes on
         site = SiteConfig(
             site_id=name, data=job.data[place if len(job.data) > 1 else 0], cache_dir="../cache",
-            indices="indices.npy" if share is not None else None, simulated_seed=config.seed,
+            indices="indices.npy" if share is not None else None, simulated_seed=config.seed, lineage=name,
         )  # fmt: skip
         if share is not None:
             write_whole(folder / name / "indices.npy", _npy(np.asarray(share, np.int64)))
-        site.write(folder / name)
-        paths.append(folder / name)
+        delta = config.privacy.delta
+        policy = SitePolicy.for_simulation(max_epsilon=ceilings[place], delta=delta, unit=unit)
+        create_site(folder / name, site, policy, Lineage(name, unit, Lifetime(ceilings[place], delta), simulated=True))
     return paths
+
+
+def _ceilings(job: Job, config: RunConfig) -> list[float]:
+    """The lifetime epsilon of each site; where none is asked for, what the run itself may cost."""
+    default = config.privacy.target_epsilon if config.privacy.name != "none" else float("inf")
+    ceilings = [default] * config.federation.sites
+    for text in sorted(job.max_epsilon, key=lambda text: "=" in text):  # for all sites first
+        name, _, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = float("nan")
+        places = [place for place in range(len(ceilings)) if name in ("", f"site-{place:02d}")]
+        if not value > 0 or not places:
+            raise UsageError(
+                f"--max-epsilon '{text}' is not a number above 0, or names no site",
+                hint=f"for example --max-epsilon 8 or --max-epsilon site-01=4; sites are site-00 to"
+                f" site-{len(ceilings) - 1:02d}",
+            )
+        for place in places:
+            ceilings[place] = value
+    return ceilings
 
 
 def _data_digest_path(out: Path) -> Path:

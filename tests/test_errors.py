@@ -16,7 +16,7 @@ EXIT_CODES = {
     "ConfigError": 3,
     "DataError": 4,
     "PrivacyError": 5,
-    "BudgetExhausted": 5,
+    "BudgetExhausted": 5, "LedgerError": 5,
     "ProtocolError": 6,
     "FederationError": 7,
     "RunDirectoryError": 8,

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 
 # Inside a package the arrow points down this list; a module that is not named stands at the bottom.
 LEVELS = {
-    "client": ["client.cli", "client.app", "client.site", "client.gate"],
+    "client": ["client.cli", "client.app", "client.enrolment", "client.site", "client.gate"],
     "server": ["server.cli", "server.app", "server.rounds"],
 }
 
@@ -45,7 +45,7 @@ PLACES = {
     "cv2": {"shared.data", "simulations.shapes"},
     "transformers": {"shared.text"},
     "matplotlib": {"server.report", "server.sheet"},
-    "pydantic": {"shared.config", "client.site"},
+    "pydantic": {"shared.config", "client.site", "client.policy"},
     "safetensors": {"shared.rundir", "shared.metrics"},
 }
 

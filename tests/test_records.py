@@ -13,7 +13,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.gate import build_reply
+from client.gate import Release, build
 from server.aggregation import combine
 from shared import records as wire
 from shared.errors import ProtocolError
@@ -30,8 +30,10 @@ from shared.records import (
     decode_reply,
     encode_instruction,
     encode_reply,
-    pack_lattice,
+    pack_envelope,
 )
+
+HEAD = "0123456789abcdef" * 4
 
 
 def instruction(**changes: Any) -> RoundInstruction:
@@ -44,11 +46,12 @@ def instruction(**changes: Any) -> RoundInstruction:
         config_digest="0" * 64,
         prompts=("a red circle", "ein blaues Dreieck", "一个红色的圆", "دائرة حمراء"),
         weights=np.linspace(-1, 1, 7, dtype=np.float32),
+        heads={"site-0": HEAD, "site-1": HEAD[::-1]},
     )
     return dataclasses.replace(usual, **changes)
 
 
-REPLY = SiteReply("0123456789abcdef", 3, "site-0", pack_lattice(np.arange(-3, 4, dtype=np.int64)))
+REPLY = SiteReply("0123456789abcdef", 3, "site-0", pack_envelope(np.arange(-3, 4, dtype=np.int64), HEAD))
 
 
 def over_the_wire(records: RecordDict) -> RecordDict:
@@ -88,21 +91,24 @@ def test_a_reply_holds_protocol_run_round_site_and_envelope_and_nothing_else():
     records = encode_reply(REPLY)
     assert set(records) == {"reply", "envelope"}
     assert dict(records["reply"].items()) == {
-        "version": 1, "run-id": "0123456789abcdef", "server-round": 3, "site-id": "site-0",
+        "version": 2, "run-id": "0123456789abcdef", "server-round": 3, "site-id": "site-0",
     }  # fmt: skip
     (payload,) = records["envelope"].values()
-    assert (payload.dtype, payload.shape, payload.stype) == ("|u1", (56,), "fedcanvas.raw")
+    assert (payload.dtype, payload.shape, payload.stype) == ("|u1", (7 * 8 + 32,), "fedcanvas.raw")
     # Golden bytes: -3 and 3 as little-endian two's complement.
     assert payload.data[:8] == b"\xfd" + b"\xff" * 7
-    assert payload.data[-8:] == b"\x03" + b"\x00" * 7
+    assert payload.data[48:56] == b"\x03" + b"\x00" * 7
+    assert payload.data[56:].hex() == HEAD
 
 
 def test_a_refusal_holds_a_code_and_no_text():
     records = encode_reply(Refusal("site-0", RefusalCode.SITE))
     assert {name: dict(record.items()) for name, record in records.items()} == {
-        "refusal": {"version": 1, "site-id": "site-0", "code": "site"}
+        "refusal": {"version": 2, "site-id": "site-0", "code": "site"}
     }
-    assert [code.value for code in RefusalCode] == ["message", "config", "plan", "release", "site"]
+    assert [code.value for code in RefusalCode] == [
+        "message", "config", "plan", "policy", "approval", "release", "site",
+    ]  # fmt: skip
 
 
 def changed(records: RecordDict, name: str, key: str, value: Any) -> RecordDict:
@@ -117,8 +123,12 @@ def changed(records: RecordDict, name: str, key: str, value: Any) -> RecordDict:
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
-        ("instruction", "version", 2),
+        ("instruction", "version", 1),
         ("instruction", "version", True),
+        ("instruction", "heads", ["site-0"]),
+        ("instruction", "heads", ["site-0=" + "g" * 64]),
+        ("instruction", "heads", ["../a=" + "0" * 64]),
+        ("instruction", "heads", ["a=" + "0" * 64] * 2),
         ("instruction", "version", None),
         ("instruction", "version", "1"),
         ("instruction", "run-id", ""),
@@ -186,7 +196,7 @@ def test_an_oversize_array_is_refused_before_it_is_read(monkeypatch: pytest.Monk
     monkeypatch.setattr(wire, "MAX_PARAMETERS", 6)
     with pytest.raises(ProtocolError, match="28, allowed is 0 to 24"):
         decode_instruction(encode_instruction(instruction()))
-    with pytest.raises(ProtocolError, match="56, allowed is 0 to 48"):
+    with pytest.raises(ProtocolError, match="88, allowed is 0 to 80"):
         decode_reply(encode_reply(REPLY))
 
 
@@ -253,11 +263,17 @@ def test_arbitrary_arrays_are_read_or_refused_and_nothing_else(data: bytes, dtyp
 # ---- the gate
 
 
+def build_reply(
+    payload: Any, *, instruction: RoundInstruction, site_id: str = "site-0", length: int = 3, head: str = HEAD
+) -> SiteReply | Refusal:
+    return build(Release(instruction, payload, head, length), site_id=site_id)
+
+
 def test_the_gate_passes_a_vector_of_the_planned_length():
     values = np.array([0, LATTICE_LIMIT, -LATTICE_LIMIT], dtype=np.int64)
     expected = b"".join(int(value).to_bytes(8, "little", signed=True) for value in values)
-    reply = build_reply(values, instruction=instruction(), site_id="site-0", length=3)
-    assert reply == SiteReply("0123456789abcdef", 3, "site-0", expected)
+    reply = build_reply(values, instruction=instruction())
+    assert reply == SiteReply("0123456789abcdef", 3, "site-0", expected + bytes.fromhex(HEAD))
 
 
 class Vector(np.ndarray):
@@ -288,12 +304,31 @@ class Vector(np.ndarray):
 )
 def test_the_gate_lets_nothing_else_pass(payload: Any):
     with pytest.raises(ProtocolError):
-        build_reply(payload, instruction=instruction(), site_id="site-0", length=3)
+        build_reply(payload, instruction=instruction())
+
+
+@pytest.mark.parametrize("head", ["", "0" * 63, "G" * 64, "a red circle"])
+def test_the_gate_lets_no_other_head_pass(head: str):
+    with pytest.raises(ProtocolError):
+        build_reply(np.zeros(3, np.int64), instruction=instruction(), head=head)
+
+
+@pytest.mark.parametrize("content", ["site", "a red circle", None, RefusalCode, REPLY])
+def test_a_refusal_is_a_code_and_never_a_text(content: Any):
+    assert build(RefusalCode.SITE, site_id="site-0") == Refusal("site-0", RefusalCode.SITE)
+    with pytest.raises(ProtocolError):
+        build(content, site_id="site-0")
+
+
+@pytest.mark.parametrize("site_id", ["a red circle", "../a", "a" * 65])
+def test_no_text_leaves_as_a_site_id(site_id: str):
+    with pytest.raises(ProtocolError):
+        build(RefusalCode.SITE, site_id=site_id)
 
 
 def test_the_gate_lets_no_unknown_kind_pass():
     with pytest.raises(ProtocolError):
-        build_reply(np.zeros(3, np.int64), instruction=instruction(kind="metrics"), site_id="site-0", length=3)
+        build_reply(np.zeros(3, np.int64), instruction=instruction(kind="metrics"))
 
 
 def test_replies_of_sites_of_different_size_have_one_schema_and_length():
@@ -301,7 +336,7 @@ def test_replies_of_sites_of_different_size_have_one_schema_and_length():
         tuple((name, key, len(getattr(value, "data", b""))) for name, record in encode_reply(reply).items()
               for key, value in record.items())
         for reply in (
-            build_reply(np.full(3, value), instruction=instruction(), site_id="site-0", length=3)
+            build_reply(np.full(3, value), instruction=instruction())
             for value in (0, 1, -(2**47), 2**48)
         )
     }  # fmt: skip
@@ -312,12 +347,14 @@ def test_replies_of_sites_of_different_size_have_one_schema_and_length():
 
 
 def reply_of(values: list[int], site_id: str = "a", **changes: Any) -> SiteReply:
-    envelope = pack_lattice(np.array(values, dtype=np.int64))
+    envelope = pack_envelope(np.array(values, dtype=np.int64), HEAD)
     return dataclasses.replace(REPLY, site_id=site_id, envelope=envelope, **changes)
 
 
 def total_of(replies: list[SiteReply], length: int = 2) -> tuple[np.ndarray, int]:
-    return combine(replies, run_id=REPLY.run_id, server_round=3, length=length)
+    combined = combine(replies, run_id=REPLY.run_id, server_round=3, length=length)
+    assert combined.heads == {reply.site_id: HEAD for reply in replies}
+    return combined.total, combined.replies
 
 
 @settings(max_examples=50, deadline=None)
@@ -347,8 +384,23 @@ def test_the_sum_of_the_most_sites_at_the_limit_does_not_wrap_around():
         [reply_of([1, LATTICE_LIMIT + 1])],
         [reply_of([1, -LATTICE_LIMIT - 1])],
         [dataclasses.replace(REPLY, envelope=b"\x00" * 15)],
+        [dataclasses.replace(REPLY, envelope=b"\x00" * 16)],
     ],
 )
 def test_replies_that_do_not_belong_together_are_not_summed(replies: list[SiteReply]):
     with pytest.raises(ProtocolError):
         total_of(replies)
+
+
+def test_the_digest_of_an_instruction_names_all_that_is_asked_for_and_not_how_often():
+    asked = instruction()
+    for changes in ({"attempt": 2}, {"heads": {}}):
+        assert dataclasses.replace(asked, **changes).digest == asked.digest
+    fakes = FakeBank(np.zeros((1, 4, 4, 3), np.uint8), np.array([1], np.int32))
+    others = [
+        {"run_id": "a"}, {"kind": "moments"}, {"server_round": 4}, {"config_digest": "1" * 64}, {"prompts": ("a",)},
+        {"weights": np.nextafter(asked.weights, np.float32(2))}, {"fakes": fakes},
+        {"fakes": dataclasses.replace(fakes, prompt_indices=np.array([2], np.int32))},
+    ]  # fmt: skip
+    digests = {dataclasses.replace(asked, **changes).digest for changes in others}
+    assert len(digests | {asked.digest}) == len(others) + 1

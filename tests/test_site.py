@@ -27,13 +27,14 @@ from shared.models import build_discriminator, flat_parameters
 from shared.moments import moment_size
 from shared.privacy.entropy import SystemEntropy
 from shared.records import (
+    HEAD_BYTES,
     Refusal,
     RefusalCode,
     RoundInstruction,
     SiteReply,
     decode_reply,
     encode_instruction,
-    unpack_lattice,
+    unpack_envelope,
 )
 
 NOT_PRIVATE = {"privacy.name": "none"}  # plans without calibration: these tests are not about noise
@@ -60,6 +61,10 @@ def instruction(config: RunConfig, **changes: Any) -> RoundInstruction:
     return dataclasses.replace(usual, **changes)
 
 
+def set_rows(folder: Path) -> None:
+    SiteConfig.read(folder).model_copy(update={"indices": "rows.npy"}).write(folder)
+
+
 def code_of(site: Site, asked: RoundInstruction) -> RefusalCode:
     with pytest.raises(SiteRefusal) as refusal:
         site.answer(asked)
@@ -81,8 +86,8 @@ def test_a_site_answers_with_one_value_a_parameter(tmp_path: Path):
     asked = instruction(config)
     reply = site.answer(asked)
     assert (reply.run_id, reply.server_round, reply.site_id) == ("run", 1, "site-0")
-    assert len(reply.envelope) == 8 * len(asked.weights)
-    assert unpack_lattice(reply.envelope, length=len(asked.weights)).any()
+    assert len(reply.envelope) == 8 * len(asked.weights) + HEAD_BYTES
+    assert unpack_envelope(reply.envelope, length=len(asked.weights))[0].any()
 
 
 def test_messages_of_two_sites_of_different_size_have_one_schema_and_length(tmp_path: Path):
@@ -101,7 +106,7 @@ def test_data_sets_that_differ_in_one_record_differ_only_inside_the_envelope(tmp
     for name, size in (("a", 40), ("b", 40)):
         (folder,) = make_sites(tmp_path / name, sizes=(size,))
         if name == "b":
-            SiteConfig(site_id="site-0", data="data.npz", indices="rows.npy", simulated_seed=7).write(folder)
+            set_rows(folder)
             np.save(folder / "rows.npy", np.arange(1, 40))
         replies.append(Site(folder, simulated=True).answer(instruction(config)))
     assert replies[0] != replies[1]
@@ -127,7 +132,7 @@ def test_two_deployed_sites_with_the_same_data_draw_different_noise(tmp_path: Pa
 def test_simulated_sites_that_share_a_seed_do_not_share_noise(tmp_path: Path):
     asked = instruction(toy_config({"privacy.sampling-rate": 0.25}))
     first, second = (
-        unpack_lattice(Site(folder, simulated=True).answer(asked).envelope, length=len(asked.weights))
+        unpack_envelope(Site(folder, simulated=True).answer(asked).envelope, length=len(asked.weights))[0]
         for folder in make_sites(tmp_path, sizes=(30, 30))
     )
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.5
@@ -137,7 +142,7 @@ def test_moments_are_released_for_round_zero(tmp_path: Path):
     config = toy_config({**NOT_PRIVATE, "warm-start.enabled": True})
     site = Site(make_sites(tmp_path)[0], simulated=True)
     reply = site.answer(instruction(config, kind="moments", server_round=0))
-    assert len(reply.envelope) == 8 * moment_size((8, 8, 3), config.text.dim)
+    assert len(reply.envelope) == 8 * moment_size((8, 8, 3), config.text.dim) + HEAD_BYTES
 
 
 def test_local_steps_take_the_fakes(tmp_path: Path):
@@ -145,7 +150,7 @@ def test_local_steps_take_the_fakes(tmp_path: Path):
     asked = instruction(config, fakes=FakeBank(np.zeros((8, 8, 8, 3), np.uint8), np.zeros(8, np.int32)))
     reply = ask(make_sites(tmp_path), encode_instruction(asked))
     assert isinstance(reply, SiteReply)
-    assert len(reply.envelope) == 8 * len(asked.weights)
+    assert len(reply.envelope) == 8 * len(asked.weights) + HEAD_BYTES
 
 
 def test_data_are_opened_once_for_all_rounds_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -156,7 +161,8 @@ def test_data_are_opened_once_for_all_rounds_of_a_run(tmp_path: Path, monkeypatc
     for server_round in (1, 2, 3):
         ask(folders, encode_instruction(instruction(config, server_round=server_round)))
     assert len(opened) == 1
-    ask(folders, encode_instruction(instruction(toy_config({**NOT_PRIVATE, "data.image-size": 28}))))
+    other = toy_config({**NOT_PRIVATE, "data.image-size": 28})
+    ask(folders, encode_instruction(instruction(other, run_id="other")))
     assert len(opened) == 2
 
 
@@ -184,7 +190,7 @@ def test_a_plan_that_cannot_be_made_is_refused(tmp_path: Path):
 
 def test_a_deployed_site_does_not_answer_without_privacy(tmp_path: Path):
     site = Site(make_sites(tmp_path, seed=None)[0], simulated=False)
-    assert code_of(site, instruction(toy_config(NOT_PRIVATE))) == RefusalCode.PLAN
+    assert code_of(site, instruction(toy_config(NOT_PRIVATE))) == RefusalCode.POLICY
 
 
 @pytest.mark.parametrize(
@@ -222,12 +228,12 @@ def damage(folder: Path) -> None:
 
 
 def name_a_row_twice(folder: Path) -> None:
-    SiteConfig(site_id="site-0", data="data.npz", indices="rows.npy", simulated_seed=7).write(folder)
+    set_rows(folder)
     np.save(folder / "rows.npy", np.array([1, 2, 2]))
 
 
 def name_a_row_too_far(folder: Path) -> None:
-    SiteConfig(site_id="site-0", data="data.npz", indices="rows.npy", simulated_seed=7).write(folder)
+    set_rows(folder)
     np.save(folder / "rows.npy", np.array([1, 40]))
 
 
@@ -302,7 +308,7 @@ def test_no_message_opens_a_deployed_site_as_a_simulated_one(tmp_path: Path):
     node, run_config = {"site-dir": str(deployed), "partition-id": 0}, {"simulation.sites": str(simulated.parent)}
     reply = make_app()(message, Context(1, 5, node, RecordDict(), run_config))
     # Opened as a deployed site: no privacy, no answer.
-    assert decode_reply(reply.content) == Refusal("site-0", RefusalCode.PLAN)
+    assert decode_reply(reply.content) == Refusal("site-0", RefusalCode.POLICY)
 
 
 # ---- the site's own settings
@@ -329,7 +335,10 @@ def test_settings_of_a_site_are_strict(text: str, tmp_path: Path):
 
 
 def test_settings_of_a_site_are_read_as_they_were_written(tmp_path: Path):
-    config = SiteConfig(site_id="klinik-1", data='quoted "name" \\ ü', indices="rows.npy", simulated_seed=0)
+    config = SiteConfig(
+        site_id="klinik-1", data='quoted "name" \\ ü', indices="rows.npy", simulated_seed=0, lineage="scans",
+        slot_seconds=2.5,
+    )  # fmt: skip
     config.write(tmp_path)
     assert SiteConfig.read(tmp_path) == config
 
@@ -350,4 +359,4 @@ def test_the_log_is_the_site_s_alone_and_holds_no_caption(tmp_path: Path):
     log = folders[0] / "site.log"
     assert stat.S_IMODE(os.stat(log).st_mode) == 0o600
     assert "40 records are ready" in log.read_text()
-    assert not re.search("|".join(COLOURS), log.read_text())
+    assert not re.search(rf"\b({'|'.join(COLOURS)})\b", log.read_text())

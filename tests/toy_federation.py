@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from client.enrolment import create_site
+from client.policy import SitePolicy
 from client.site import SiteConfig
 from shared.config import RunConfig, Scalar
+from shared.privacy.budget import Lifetime
+from shared.privacy.ledger import Lineage
 from shared.prompts import PromptPool
 from shared.rundir import RunDirectory
 
@@ -44,7 +50,37 @@ def toy_config(changes: Mapping[str, Scalar] | None = None) -> RunConfig:
     )
 
 
-def make_sites(folder: Path, *, sizes: Sequence[int] = (40, 24), seed: int | None = 7) -> list[Path]:
+def toy_policy(**changes: Any) -> SitePolicy:
+    """Of a deployed toy site: everything that the toy run needs, and nothing without privacy."""
+    values = {
+        "max_epsilon": 8.0, "delta": 1e-3, "min_noise_multiplier": 0.0, "min_expected_batch": 0.0, "models": ["toy"],
+        "federations": ["simulation"], "approve_each_run": False,
+    }  # fmt: skip
+    return SitePolicy(**{**values, **changes})
+
+
+def make_site(
+    folder: Path, *, seed: int | None = 7, policy: SitePolicy | None = None, lifetime: Lifetime | None = None,
+    **settings: Any,
+) -> Path:  # fmt: skip
+    """An empty site; simulated ones are open for everything, deployed ones (`seed=None`) are held to a policy."""
+    simulated = seed is not None
+    if policy is None:
+        policy = toy_policy()
+        if simulated:
+            policy = SitePolicy.for_simulation(max_epsilon=math.inf, delta=0.5, unit="example")
+    lifetime = lifetime or Lifetime(policy.max_epsilon, policy.delta)
+    config = SiteConfig(
+        site_id=folder.name, data="data.npz", simulated_seed=seed, lineage=f"of-{folder.name}",
+        published_records=None if simulated else 40, **settings,
+    )  # fmt: skip
+    create_site(folder, config, policy, Lineage(config.lineage, policy.unit, lifetime, simulated=simulated))
+    return folder
+
+
+def make_sites(
+    folder: Path, *, sizes: Sequence[int] = (40, 24), seed: int | None = 7, **settings: Any
+) -> list[Path]:  # fmt: skip
     """One folder a site, each with its own data; `seed=None` makes deployed ones."""
     folders = []
     for place, size in enumerate(sizes):
@@ -52,7 +88,7 @@ def make_sites(folder: Path, *, sizes: Sequence[int] = (40, 24), seed: int | Non
         labels = rng.integers(len(COLOURS), size=size)
         colours = np.array(list(COLOURS.values()))[labels]
         images = np.clip(colours[:, None, None] + rng.integers(-20, 20, size=(size, 8, 8, 3)), 0, 255)
-        SiteConfig(site_id=site.name, data="data.npz", simulated_seed=seed).write(site)
+        make_site(site, seed=seed, **settings)
         np.savez(
             site / "data.npz", x_train=images.astype(np.uint8), y_train=labels.astype(np.uint8),
             class_names=np.array(list(COLOURS)),

@@ -62,11 +62,16 @@ class Lifetime:
             raise PrivacyError(f"a lifetime delta of {self.delta:g} is not between 0 and 1")
         if (self.filter == "renyi") != (self.order is not None):
             raise PrivacyError("an order belongs to the Renyi filter, and only there")
-        if self.order is not None and not (self.order > 1 and renyi_budget(self.max_epsilon, self.delta, order=self.order) > 0):
+        if self.order is not None and (self.order <= 1 or self.renyi_budget <= 0):
             raise PrivacyError(
                 f"the Renyi filter of order {self.order:g} admits nothing within epsilon {self.max_epsilon:g}",
                 hint="leave the order out: the best one is chosen",
             )
+
+    @property
+    def renyi_budget(self) -> float:
+        assert self.order is not None
+        return renyi_budget(self.max_epsilon, self.delta, order=self.order)
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,7 @@ def fits(price: Price, reserved: Sequence[Price], lifetime: Lifetime) -> bool:
     if lifetime.order is not None:
         # A fraction of 1e-12 stands for the rounding of the divergences themselves.
         total = _exact_sum([p.renyi or 0.0 for p in (*reserved, price)])
-        budget = renyi_budget(lifetime.max_epsilon, lifetime.delta, order=lifetime.order)
-        return total is not None and total <= Fraction(budget * (1 - 1e-12))
+        return total is not None and total <= Fraction(lifetime.renyi_budget * (1 - 1e-12))
     epsilon = _exact_sum([p.epsilon for p in (*reserved, price)])
     delta = _exact_sum([p.delta for p in (*reserved, price)])
     if epsilon is None:
@@ -146,12 +150,14 @@ class Left:
 
 def what_is_left(reserved: Sequence[Price], lifetime: Lifetime) -> Left:
     if lifetime.order is not None:
-        budget = renyi_budget(lifetime.max_epsilon, lifetime.delta, order=lifetime.order)
+        budget = lifetime.renyi_budget
         left = max(0.0, budget - math.fsum(p.renyi or 0.0 for p in reserved))
         whole = lifetime.max_epsilon - budget
         return Left(left + whole if left > 0 else 0.0, lifetime.delta)
-    epsilon = max(0.0, lifetime.max_epsilon - math.fsum(p.epsilon for p in reserved)) if reserved else lifetime.max_epsilon
-    return Left(epsilon, max(0.0, lifetime.delta - math.fsum(p.delta for p in reserved)))
+    if not reserved or math.isinf(lifetime.max_epsilon):
+        return Left(lifetime.max_epsilon, lifetime.delta)
+    epsilon = lifetime.max_epsilon - math.fsum(p.epsilon for p in reserved)
+    return Left(max(0.0, epsilon), max(0.0, lifetime.delta - math.fsum(p.delta for p in reserved)))
 
 
 def steps_that_fit(price: Price, reserved: Sequence[Price], lifetime: Lifetime) -> int:

@@ -181,7 +181,7 @@ class Ledger:
             ledger._locked = False
         return cls(folder, anchor=anchor)
 
-    def refresh(self) -> None:
+    def refresh(self, *, check_anchor: bool = True) -> None:
         """Reads what changed on disk; `LedgerError` when it does not continue what was known."""
         try:
             with self.path.open("rb") as file:
@@ -206,14 +206,22 @@ class Ledger:
             ) from None
         except OSError as error:
             raise LedgerError(f"{self.path} cannot be read: {error.strerror or error}") from None
-        self._check_anchor()
+        if check_anchor:
+            self._check_anchor()
 
     @contextmanager
-    def locked(self, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
-        """The right to write, for one message: `LedgerError` when another process keeps it longer than the wait."""
+    def locked(self, *, wait_seconds: float = LOCK_SECONDS, fresh_anchor: bool = False) -> Iterator[None]:
+        """The right to write, for one message: `LedgerError` when another process keeps it longer than the wait.
+
+        Args:
+            fresh_anchor: trusts the ledger as it is now and notes its end in the anchor; only a person decides that.
+        """
         with _lock(self.folder, wait_seconds):
             self._locked = True
             try:
+                if fresh_anchor:
+                    self.refresh(check_anchor=False)
+                    self._write_anchor()
                 self.refresh()
                 yield
             finally:
@@ -249,7 +257,9 @@ class Ledger:
             hint=fitting,
         )
 
-    def reserve(self, terms: RunTerms, price: Price, *, lifetime: Lifetime | None = None, through: str = "") -> RunAccount:
+    def reserve(
+        self, terms: RunTerms, price: Price, *, lifetime: Lifetime | None = None, through: str = ""
+    ) -> RunAccount:  # fmt: skip
         """Reserves a run whole, durably, before anything of it is released.
 
         Args:
@@ -260,11 +270,11 @@ class Ledger:
         if terms.run in self.runs:
             raise LedgerError(f"run {terms.run} is reserved already")
         self.check_fits(terms, price, lifetime=lifetime)
-        plan = terms.plan.to_dict()
         self._append(
             "run", run=terms.run, federation=terms.federation, config_digest=terms.config_digest,
-            prompts_digest=terms.prompts_digest, code_digest=terms.code_digest, mechanism=MECHANISMS[terms.plan.private],
-            plan=plan, rows_cap=terms.rows_cap, adjacency=ADJACENCY, through=through, **asdict(price),
+            prompts_digest=terms.prompts_digest, code_digest=terms.code_digest,
+            mechanism=MECHANISMS[terms.plan.private], plan=terms.plan.to_dict(), rows_cap=terms.rows_cap,
+            adjacency=ADJACENCY, through=through, **asdict(price),
         )  # fmt: skip
         return self.runs[terms.run]
 
@@ -345,7 +355,8 @@ class Ledger:
         assert self._locked, "an entry was written without the lock"
         if self._torn:
             self._cut_torn_line()
-        now, last = datetime.now(UTC).isoformat(timespec="milliseconds"), self.entries[-1]["time"] if self.entries else ""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        last = self.entries[-1]["time"] if self.entries else ""
         entry = {"kind": kind, "seq": len(self.entries), "time": max(now, last), "previous": self.head, **fields}
         if now < last:
             entry["clock_behind"] = now  # spending does not depend on clocks; the order of entries is what counts
@@ -428,7 +439,7 @@ class Ledger:
             )  # fmt: skip
             renyi = None if entry["renyi"] is None else float(entry["renyi"])
             rows = tuple(tuple(row) for row in entry["rows"])
-            price = Price(float(entry["epsilon"]), float(entry["delta"]), renyi, rows)  # type: ignore[arg-type]
+            price = Price(float(entry["epsilon"]), float(entry["delta"]), renyi, rows)
             self.runs[terms.run] = RunAccount(terms, price, entry["seq"], entry["time"])
         elif kind == "charge":
             account = self.runs[entry["run"]]
@@ -477,11 +488,6 @@ class Ledger:
             content = {"lineage": self.lineage.name, "seq": len(self.entries) - 1, "hash": self.head}
             write_note(self.anchor, json.dumps(content) + "\n", durable=not self.lineage.simulated)
 
-    def renew_anchor(self) -> None:
-        """Trusts the ledger as it is now; only a person may decide that."""
-        assert self._locked
-        self._write_anchor()
-
 
 def run_head(before: str, charge: Mapping[str, Any]) -> str:
     """Names a run's charges in order: SHA-256 over the last head and the charge's round, attempt, kind and nonce.
@@ -492,13 +498,13 @@ def run_head(before: str, charge: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def write_note(path: Path, text: str, *, durable: bool) -> None:
+def write_note(path: Path, content: str | bytes, *, durable: bool) -> None:
     """A small file of the site, whole or as it was before; readable by its owner only."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            _write_all(descriptor, text.encode())
+            _write_all(descriptor, content.encode() if isinstance(content, str) else content)
             if durable:
                 os.fsync(descriptor)
         finally:
@@ -555,7 +561,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _lifetime_fields(lifetime: Lifetime) -> dict[str, Any]:
-    return {"max_epsilon": lifetime.max_epsilon, "delta": lifetime.delta, "filter": lifetime.filter, "order": lifetime.order}
+    return asdict(lifetime)
 
 
 def _lifetime(entry: Mapping[str, Any]) -> Lifetime:

@@ -1,0 +1,148 @@
+"""A site's account: the ledgers of its lineage, the runs that people decided on, and the last reply of each run.
+
+    STORE/<lineage>/ledger.jsonl   what was spent; outlives this site's folder, and all sites with its records share it
+    SITE/anchor.json               the last entry that this site has seen
+    SITE/runs/<run>.json           a proposed run, and what a person decided
+    SITE/replies/<run>.reply       the last reply of a run: the same instruction gets the same bytes, uncharged
+
+Another lineage that shares records is declared in both ledgers; a run is then reserved and charged in each of them.
+Not here: the format of a ledger (`shared.privacy.ledger`), and what a run needs to be admitted (`client.site`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.errors import LedgerError, UsageError
+from shared.privacy.ledger import LOCK_SECONDS, Charge, Ledger, RunTerms, write_note
+from shared.records import RoundInstruction
+
+ANCHOR, RUNS, REPLIES = "anchor.json", "runs", "replies"
+
+Decision = Literal["pending", "approved", "denied"]
+
+
+@dataclass(frozen=True)
+class ProposedRun:
+    """A run that asked to be admitted, as `runs/<run>.json` keeps it.
+
+    Attributes:
+        config_digest, prompts_digest: what was decided on; another one under the same name is another run.
+        summary: in words, for the person who decides.
+    """
+
+    run: str
+    federation: str
+    config_digest: str
+    prompts_digest: str
+    decision: Decision
+    summary: list[str]
+    asked: str
+
+
+class SiteAccount:
+    """Opened once a process; everything that spends happens inside `with account.locked():`."""
+
+    def __init__(self, folder: Path, *, store: Path, lineage: str) -> None:
+        self.folder, self.store, self.lineage = folder, store, lineage
+        self.ledger = Ledger(store / lineage, anchor=folder / ANCHOR)
+        self._others: dict[str, Ledger] = {}
+
+    @property
+    def durable(self) -> bool:
+        return not self.ledger.lineage.simulated
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """Of all lineages that share records, this one first."""
+        for name in self.ledger.overlaps:
+            if name not in self._others:
+                self._others[name] = Ledger(self.store / name)
+        return [self.ledger, *(self._others[name] for name in self.ledger.overlaps)]
+
+    @contextmanager
+    def locked(self, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """For one message. Ledgers are locked in the order of their names, so that two sites cannot wait in a ring."""
+        self.ledger.refresh()
+        with contextlib.ExitStack() as stack:
+            for ledger in sorted(self.ledgers, key=lambda ledger: ledger.lineage.name):
+                stack.enter_context(ledger.locked(wait_seconds=wait_seconds))
+            yield
+
+    def charge(
+        self, terms: RunTerms, instruction: RoundInstruction, *, release: str, steps: int, nonce: bytes, again: bool
+    ) -> Charge:  # fmt: skip
+        """In every ledger of these records; this lineage's charge is returned."""
+        charges = [
+            ledger.charge(
+                terms.run, server_round=instruction.server_round, attempt=instruction.attempt, release=release,
+                steps=steps, instruction_digest=instruction.digest, nonce=nonce, again=again,
+            )
+            for ledger in reversed(self.ledgers)
+        ]  # fmt: skip
+        return charges[-1]
+
+    # ---- decisions
+
+    def proposed(self, run: str) -> ProposedRun | None:
+        try:
+            return ProposedRun(**json.loads((self.folder / RUNS / f"{run}.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError):
+            raise LedgerError(
+                f"{self.folder / RUNS / f'{run}.json'} is damaged",
+                hint="remove it: the run is then asked for, and decided on, again",
+            ) from None
+
+    def all_proposed(self) -> list[ProposedRun]:
+        found = [self.proposed(path.stem) for path in sorted((self.folder / RUNS).glob("*.json"))]
+        return sorted((run for run in found if run is not None), key=lambda run: run.asked)
+
+    def write_proposed(self, proposed: ProposedRun) -> None:
+        (self.folder / RUNS).mkdir(mode=0o700, exist_ok=True)
+        path = self.folder / RUNS / f"{proposed.run}.json"
+        write_note(path, json.dumps(asdict(proposed), indent=2, ensure_ascii=False) + "\n", durable=self.durable)
+
+    def decide(self, run: str, decision: Decision) -> ProposedRun:
+        """What a person decided; a run that has begun is ended by `deny`, and nothing of it comes back."""
+        proposed = self.proposed(run)
+        if proposed is None:
+            known = ", ".join(p.run for p in self.all_proposed()) or "none"
+            raise UsageError(f"no run '{run}' was proposed here", hint=f"proposed were: {known}")
+        decided = ProposedRun(**{**asdict(proposed), "decision": decision})
+        self.write_proposed(decided)
+        return decided
+
+    # ---- the last reply
+
+    def stored_reply(self, instruction: RoundInstruction) -> bytes | None:
+        """The envelope that already answered this very instruction, or `None`."""
+        try:
+            header, _, envelope = (self.folder / REPLIES / f"{instruction.run_id}.reply").read_bytes().partition(b"\n")
+            about: dict[str, Any] = json.loads(header)
+        except (OSError, ValueError):
+            return None
+        same = about.get("instruction") == instruction.digest and about.get("bytes") == len(envelope)
+        return envelope if same else None
+
+    def store_reply(self, instruction: RoundInstruction, envelope: bytes) -> None:
+        (self.folder / REPLIES).mkdir(mode=0o700, exist_ok=True)
+        path = self.folder / REPLIES / f"{instruction.run_id}.reply"
+        header = json.dumps({"instruction": instruction.digest, "bytes": len(envelope)}).encode()
+        write_note(path, header + b"\n" + envelope, durable=self.durable)
+
+
+def default_store() -> Path:
+    """Where this machine keeps its lineages: one place, whatever folders sites have."""
+    state = os.environ.get("FEDCANVAS_STATE")
+    if state:
+        return Path(state)
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fedcanvas" / "lineages"

@@ -1,0 +1,158 @@
+"""What a federation may do at this site: `policy.toml`, typed, strict, and closed until a person opens it.
+
+The server proposes a run; the site computes its own plan of it and holds that plan against this policy. Everything
+here is compared with public quantities alone, so a refusal tells nothing of the records.
+Not here: what has been spent (`shared.privacy.ledger`); of the ceilings there and here the lower one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from shared.config import RunConfig, Section, read_toml
+from shared.errors import ConfigError
+from shared.privacy.plan import PrivacyPlan
+
+FILE = "policy.toml"
+Unit = Literal["example", "subject"]
+
+
+class SitePolicy(Section):
+    """The limits of every run at this site; a key that is left out has the default."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=True)  # inf: a simulated site of a run without privacy
+
+    max_epsilon: float = Field(gt=0, description="Lifetime epsilon of the lineage; the ledger's own may be lower.")
+    delta: float = Field(gt=0, lt=1, description="Lifetime delta of the lineage.")
+    max_run_epsilon: float | None = Field(None, gt=0, description="Largest epsilon of one run; unset: what is left.")
+    min_noise_multiplier: float = Field(0.5, ge=0, description="Smallest noise multiplier of a step.")
+    min_expected_batch: float = Field(16.0, ge=0, description="Fewest units that one site's step draws, expected.")
+    max_sampling_rate: float = Field(0.25, gt=0, le=1, description="Largest sampling rate of a step.")
+    max_rounds: int = Field(2000, ge=1, description="Most rounds of a run.")
+    max_local_steps: int = Field(32, ge=1, description="Most steps of a round.")
+    max_parameters: int = Field(2_000_000, ge=1, description="Largest discriminator, in parameters.")
+    unit: Unit = Field("example", description="The privacy unit; the lineage's own.")
+    noise: list[Literal["local", "distributed"]] = Field(["local"], description="Who may add the noise.")
+    allow_no_privacy: Literal[False, True] = Field(False, description="Simulations only: runs without privacy.")
+    models: list[str] = Field(["front"], description="Discriminators that may be trained.")
+    kernels: list[str] = Field(["fused"], description="What may compute the private gradient.")
+    text_encoders: list[str] = Field(["hashing"], description="Encoders: 'hashing', or 'transformers:PATH'.")
+    federations: list[str] = Field([], description="Names of federations; empty: any, if each run is approved.")
+    aggregator_keys: list[str] = Field([], description="Fingerprints of keys that may sign instructions.")
+    code: list[str] = Field([], description="Digests of this site's code that may run; empty: what is installed.")
+    approve_each_run: bool = Field(True, description="A person here approves every run before it begins.")
+
+    @classmethod
+    def for_simulation(cls, *, max_epsilon: float, delta: float, unit: Unit) -> SitePolicy:
+        """Everything but the ceiling is open: a simulated site measures what a run would cost."""
+        return cls(
+            max_epsilon=max_epsilon, delta=delta, min_noise_multiplier=0.0, min_expected_batch=0.0,
+            max_sampling_rate=1.0, max_rounds=1_000_000, max_local_steps=1000, max_parameters=2**26,
+            unit=unit, allow_no_privacy=True, models=["*"], kernels=["*"], text_encoders=["*"],
+            approve_each_run=False,
+        )  # fmt: skip
+
+    @classmethod
+    def read(cls, folder: Path) -> SitePolicy:
+        path = folder / FILE
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} has no {FILE}, and without one nothing is allowed", hint="`fedcanvas client init` writes it"
+            )
+        try:
+            return cls.model_validate(read_toml(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part).replace("_", "-") for part in first["loc"])
+            known = ", ".join(name.replace("_", "-") for name in cls.model_fields)
+            hint = f"known: {known}" if first["type"] == "extra_forbidden" else None
+            raise ConfigError(f"{path}: '{place}': {first['msg'].lower()}", hint=hint) from None
+
+    def to_toml(self) -> str:
+        lines = ["# What a federation may do at this site. `fedcanvas client policy` reads it to you in words.", ""]
+        values = self.model_dump(by_alias=True)
+        for name, field in type(self).model_fields.items():
+            key = name.replace("_", "-")
+            lines.append(f"# {field.description}")
+            value = values[key]
+            lines += [f"# {key} =" if value is None else f"{key} = {_toml(value)}", ""]
+        return "\n".join(lines)
+
+    def violations(self, config: RunConfig, plan: PrivacyPlan) -> Iterator[str]:
+        """In words, everything by which a run passes the limits; nothing here looks at a record."""
+        federation = config.federation
+        if not plan.private and not self.allow_no_privacy:
+            yield "it has no privacy (privacy.name = none)"
+        if plan.private and plan.noise_multiplier < self.min_noise_multiplier:
+            yield f"its noise multiplier {plan.noise_multiplier:g} is below {self.min_noise_multiplier:g}"
+        at_site = plan.expected_batch_size / plan.sites
+        if at_site < self.min_expected_batch:
+            yield f"it expects {at_site:.3g} units a step at a site, fewer than {self.min_expected_batch:g}"
+        if plan.sampling_rate > self.max_sampling_rate:
+            yield f"its sampling rate {plan.sampling_rate:g} is above {self.max_sampling_rate:g}"
+        if federation.rounds > self.max_rounds:
+            yield f"its {federation.rounds} rounds are more than {self.max_rounds}"
+        if federation.local_steps > self.max_local_steps:
+            yield f"its {federation.local_steps} local steps are more than {self.max_local_steps}"
+        if config.privacy.unit != self.unit:
+            yield f"its privacy unit is the {config.privacy.unit}, here it is the {self.unit}"
+        if config.privacy.noise not in self.noise:
+            yield f"its noise is '{config.privacy.noise}', allowed is {', '.join(self.noise) or 'none'}"
+        text = config.text
+        encoder = text.encoder if text.path is None else f"{text.encoder}:{text.path}"
+        for what, value, allowed in (
+            ("discriminator", config.discriminator.name, self.models),
+            ("kernel", config.privacy.kernel, self.kernels),
+            ("text encoder", encoder, self.text_encoders),
+        ):
+            if value not in allowed and "*" not in allowed:
+                yield f"its {what} is '{value}', allowed is {', '.join(allowed) or 'none'}"
+        if self.federations and federation.name not in self.federations:
+            yield f"its federation is '{federation.name}', allowed is {', '.join(self.federations)}"
+        if not self.federations and not self.approve_each_run and not self.allow_no_privacy:
+            yield "no federation is named in the policy, and runs are not approved one by one"
+        if self.aggregator_keys:
+            yield "the policy wants signed instructions, and this release's are not signed"
+
+    def in_words(self) -> list[str]:
+        """What may happen here and what never, one sentence a line."""
+        per_run = f"{self.max_run_epsilon:g}" if self.max_run_epsilon is not None else "all that is left"
+        federations = ", ".join(self.federations) if self.federations else "any federation"
+        approval = (
+            "a person here approves each run before it begins" if self.approve_each_run
+            else "runs within these limits begin by themselves"
+        )  # fmt: skip
+        lines = [
+            f"All runs together may cost each {self.unit} at most epsilon {self.max_epsilon:g} at delta"
+            f" {self.delta:.0e}, for the lifetime of the lineage; what the ledger reserved is never given back.",
+            f"One run may cost {per_run}. {approval[:1].upper()}{approval[1:]}.",
+            f"{federations[:1].upper()}{federations[1:]} may propose runs with: at most {self.max_rounds} rounds of"
+            f" {self.max_local_steps} steps, a sampling rate of at most {self.max_sampling_rate:g}, at least"
+            f" {self.min_expected_batch:g} {self.unit}s expected a step, a noise multiplier of at least"
+            f" {self.min_noise_multiplier:g}, noise added {' or '.join(self.noise) or 'nowhere'}ly.",
+            f"Models: {', '.join(self.models)}, up to {self.max_parameters:,} parameters; kernels:"
+            f" {', '.join(self.kernels)}; text encoders: {', '.join(self.text_encoders)}.",
+        ]
+        if self.code:
+            lines.append(f"Code: only releases with digest {', '.join(code[:12] for code in self.code)}.")
+        if self.aggregator_keys:
+            lines.append("Instructions must be signed by a named key; this release's are not, so none is answered.")
+        if self.allow_no_privacy:
+            lines.append("Runs WITHOUT privacy are allowed: this is a simulated site.")
+        lines += [
+            "Never, whatever this file says: raw images, captions, features, counts, losses, gradient norms or times"
+            " leave; a noise multiplier or a sensitivity is taken from a message; a draw or noise that a message can"
+            " predict; a release that is not charged in the ledger first.",
+        ]
+        return lines
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, float):
+        return repr(value)  # inf and exponents are written alike in Python and TOML
+    return json.dumps(value, ensure_ascii=False)
