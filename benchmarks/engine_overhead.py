@@ -3,13 +3,14 @@
     python benchmarks/engine_overhead.py [--records 4000] [--rounds 20] [--pairs 3]
 
 Baseline: the same sites' gradients in the same number of threads and the same server step, called directly:
-no Flower, no messages, no charges, no run directory. Both end in the same weights, which is checked.
+no Flower, no messages, no ledgers, no run directory. Both end in the same weights, which is checked.
 """
 
 # ruff: noqa: B023 -- what a loop defines is called before the loop goes on
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from client.enrolment import create_site
+from client.policy import SitePolicy
 from client.site import SiteConfig
 from client.training import prepare_records, site_gradient
 from server.training import ServerTraining
@@ -26,6 +29,8 @@ from shared.config import RunConfig
 from shared.data import open_dataset
 from shared.models import build_discriminator, flat_parameters, load_flat_parameters
 from shared.observer import SilentObserver
+from shared.privacy.budget import Lifetime
+from shared.privacy.ledger import Lineage
 from shared.privacy.plan import make_plan
 from shared.prompts import PromptPool
 from shared.rundir import RunDirectory
@@ -71,16 +76,18 @@ def _make_sites(root: Path, config: RunConfig) -> list[Path]:
         folder = root / "sites" / f"site-{place:02d}"
         site = SiteConfig(
             site_id=f"site-{place:02d}", data=str(root / "shapes"), cache_dir=str(root / "cache"),
-            indices="indices.npy", simulated_seed=config.seed,
+            indices="indices.npy", simulated_seed=config.seed, lineage=f"site-{place:02d}",
         )  # fmt: skip
-        site.write(folder)
+        policy = SitePolicy.for_simulation(max_epsilon=math.inf, delta=0.5, unit="example")
+        create_site(folder, site, policy, Lineage(site.lineage, "example", Lifetime(math.inf, 0.5), simulated=True))
         np.save(folder / "indices.npy", indices)
         folders.append(folder)
     return folders
 
 
 def _federated(config: RunConfig, prompts: PromptPool, sites: list[Path], out: Path) -> tuple[float, str]:
-    with RunDirectory.create(out, config=config, prompts=prompts.texts, entropy="seeded") as rundir:
+    # A name of its own: to the sites' ledgers each pair is another run.
+    with RunDirectory.create(out, config=config, prompts=prompts.texts, entropy="seeded", run_id=out.name) as rundir:
         outcome = run_local(config, site_dirs=sites, rundir=rundir, prompts=prompts, observer=SilentObserver())
         seconds = [line["seconds"] for line in rundir.timings()]
     return statistics.mean(seconds[1:]), outcome.digest  # the first round opens the data

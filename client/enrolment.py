@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from client.account import ANCHOR
 from client.policy import FILE as POLICY
 from client.policy import SitePolicy
-from client.site import SETTINGS, SiteConfig
+from client.site import SETTINGS, SiteConfig, forget_site
 from shared.data import ImageCaptionDataset
 from shared.errors import ConfigError, LedgerError
 from shared.privacy.ledger import Ledger, Lineage, write_note
@@ -54,6 +55,14 @@ def create_site(folder: Path, config: SiteConfig, policy: SitePolicy, lineage: L
     write_note(folder / POLICY, policy.to_toml(), durable=durable)
     config.write(folder)
     return ledger
+
+
+def remove_simulated_site(folder: Path) -> None:
+    """Ends a simulated site with its ledger; a deployed one is never removed by this."""
+    if (folder / SETTINGS).is_file() and SiteConfig.read(folder).simulated_seed is None:
+        raise ConfigError(f"{folder} is a deployed site", hint="name another folder for the simulation")
+    forget_site(folder)
+    shutil.rmtree(folder)
 
 
 def record_digests(dataset: ImageCaptionDataset, store: Path) -> set[bytes]:

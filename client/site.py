@@ -381,6 +381,13 @@ def open_site(folder: Path, *, simulated: bool) -> Site:
         return _SITES[key]
 
 
+def forget_site(folder: Path) -> None:
+    """Closes the site for this process: whoever opens it again reads its files anew."""
+    with _OPENING:
+        for simulated in (False, True):
+            _SITES.pop((folder.resolve(), simulated), None)
+
+
 def admit(instruction: RoundInstruction) -> RunConfig:
     """The instruction's settings, once they are those of their digest and it is in place in its run.
 

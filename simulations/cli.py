@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from shared.config import RunConfig, Scalar
     from shared.data import ImageCaptionDataset
     from shared.data.source import Split
+    from shared.privacy.plan import PrivacyPlan
     from shared.prompts import PromptPool
     from shared.rundir import RunDirectory
     from simulations.scenarios import Scenario
@@ -178,6 +178,7 @@ def _open_run(
 def _new_run(
     out: Path, asked: Mapping[str, Any], overlay: Mapping[str, Scalar], prompts: Path | None
 ) -> tuple[RunDirectory, Job]:
+    from client.enrolment import remove_simulated_site
     from shared.config import RunConfig
     from shared.privacy.plan import make_plan
     from shared.rundir import RunDirectory, write_whole
@@ -223,7 +224,7 @@ def _new_run(
     datasets = _open_data(out, job, checked)
     if reference is not None:
         _open_reference(out, job, checked)
-    if job.max_epsilon and "federation.fewest-sites" not in flat:
+    if job.max_epsilon and "federation.fewest-sites" not in overlay:
         flat["federation.fewest-sites"] = 1
         say("a site whose ceiling does not allow the run refuses, and the others go on (federation.fewest-sites = 1)")
     config = _with_public_figures(flat, sum(map(len, datasets)))
@@ -233,7 +234,7 @@ def _new_run(
     if pool is None:
         pool = _prompts_beside(paths)
     for stale in _sites_folder(out).glob("site-*"):
-        shutil.rmtree(stale)  # simulated sites of a run that was removed: their ledgers were only its own
+        remove_simulated_site(stale)  # of a run that was removed: their ledgers were only its own
     _write_sites(out, job, config, datasets)
     write_whole(_data_digest_path(out), _data_digest(datasets).encode())
     run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents={JOB: asdict(job)})
@@ -563,7 +564,7 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
     # The plan's table is exact where it was planned to end; rounds that were repeated make another number.
     exact = charged not in (plan.steps, plan.reserved_steps)
     spent = plan.spent(charged, warm_start=config.warm_start.enabled, exact=exact)
-    epsilon = {name: getattr(spent, name) for name in ("epsilon", "prv", "pld", "rdp")}
+    sites = _ledgers(run, plan)
     rows = accuracy_rows(metrics)
     notes = [f"{config.federation.sites} sites, epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e}"]
     if rows:
@@ -583,7 +584,9 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
             "metrics": metrics,
             "privacy": {
                 "name": config.privacy.name,
-                "epsilon_per_site": {f"site-{place:02d}": epsilon for place in range(config.federation.sites)},
+                "epsilon_per_site": {name: site.pop("spent") for name, site in sites.items()},
+                "ledger_per_site": sites,
+                "ledger": "one a site, kept without fsync since the sites are simulated",
                 "delta": plan.delta,
                 "adjacency": spent.adjacency,
                 "unit": spent.unit,
@@ -609,6 +612,32 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
             "next": _next_commands(run.path, model.prompts),
         },
     )
+
+
+def _ledgers(run: RunDirectory, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
+    """What each site's own ledger says of this run, and why a site is not in it."""
+    from shared.privacy.ledger import Ledger
+
+    found, left = {}, run.sites_left()
+    for place in range(run.config.federation.sites):
+        name = f"site-{place:02d}"
+        ledger = Ledger(_sites_folder(run.path) / name / "lineages" / name)
+        account = ledger.runs.get(run.run_id)
+        steps, moments = (account.steps, account.unsampled > 0) if account else (0, False)
+        spent = plan.spent(steps, warm_start=moments, exact=steps not in (plan.steps, plan.reserved_steps))
+        if not steps and not moments:
+            figures = dict.fromkeys(("epsilon", "prv", "pld", "rdp"), 0.0)
+        else:
+            figures = {figure: getattr(spent, figure) for figure in ("epsilon", "prv", "pld", "rdp")}
+        found[name] = {
+            "spent": figures,
+            "steps": steps,
+            "reserved": account.price.epsilon if account else 0.0,
+            "lifetime": ledger.lineage.lifetime.max_epsilon,
+            "left": ledger.left.epsilon,
+            "refused": left.get(name),
+        }
+    return found
 
 
 def _reference_cache(out: Path) -> Path:
@@ -659,13 +688,16 @@ def _result_text(out: Path, result: Mapping[str, Any]) -> str:
             f"  {'':<14}{'PRV':>10}{'PLD':>8}{'RDP':>8}",
         ]
         for site, epsilon in privacy["epsilon_per_site"].items():
-            lines.append(f"  {site:<14}{epsilon['prv']:>10.3f}{epsilon['pld']:>8.3f}{epsilon['rdp']:>8.3f}")
+            refused = privacy["ledger_per_site"][site]["refused"]
+            why = f"   refused in round {refused['server_round']} ('{refused['code']}')" if refused else ""
+            lines.append(f"  {site:<14}{epsilon['prv']:>10.3f}{epsilon['pld']:>8.3f}{epsilon['rdp']:>8.3f}{why}")
         if privacy["fallback"]:
             lines.append(f"  {privacy['fallback']}")
         lines.append(
             f"  simulated: draws and noise come from seed {result['seed']}, so this run itself protects nobody"
         )
     lines += ["", f"pictures  {result['sheet']}", f"figures   {out / 'result.json'}"]
+    lines.append(f"ledgers   {_sites_folder(out)}/site-*/lineages: what each site let go and what it cost")
     lines += [f"{'next' if place == 0 else '':<10}{command}" for place, command in enumerate(result["next"])]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,52 @@ def test_a_refusing_site_stops_the_run_under_its_name_and_code(
     with pytest.raises(FederationError, match=f"round 1: site klinik refused with code '{code}'"):
         rounds_with(tmp_path, toy_config(NOT_PRIVATE), grid)
     assert charges(tmp_path / "run") == [(1, 1, 1)]
+
+
+@pytest.mark.parametrize("code", list(RefusalCode))
+def test_a_run_goes_on_without_a_site_that_refuses_while_enough_answer(
+    code: RefusalCode, site_dirs: list[Path], tmp_path: Path
+):
+    asked: list[str] = []
+
+    def answer(real: Answer, message: Message, context: Context) -> Message:
+        asked.append(message.metadata.group_id)
+        return Message(encode_reply(Refusal("klinik", code)), reply_to=message)
+
+    config = toy_config({**NOT_PRIVATE, "federation.fewest-sites": 1})
+    assert rounds_with(tmp_path, config, second_site(site_dirs, answer)).rounds == 2
+    assert asked == ["1"]  # and is not asked again
+    with RunDirectory.open(tmp_path / "run") as rundir:
+        assert rundir.sites_left() == {"klinik": {"server_round": 1, "code": code.value}}
+        assert set(rundir.heads()) == {"site-0"}
+
+
+def test_the_run_without_a_site_is_divided_by_the_sites_that_answered(site_dirs: list[Path], tmp_path: Path):
+    """One of two sites alone gives the weights of a federation of that one site with half the published records."""
+    refuses = second_site(site_dirs, lambda _, m, c: Message(encode_reply(Refusal("b", RefusalCode.SITE)), reply_to=m))
+    rounds_with(tmp_path / "a", toy_config({**NOT_PRIVATE, "federation.fewest-sites": 1}), refuses)
+    shutil.rmtree(site_dirs[0] / "lineages")
+    make_site_again = make_sites(tmp_path / "again", sizes=(40,))
+    alone = toy_config({**NOT_PRIVATE, "federation.sites": 1, "federation.published-records": 32})
+    rounds_with(tmp_path / "b", alone, LocalGrid(make_app(make_site_again), sites=1, parallel_sites=1))
+    events = [(tmp_path / name / "run/events.jsonl").read_bytes() for name in ("a", "b")]
+    assert events[0] == events[1]
+
+
+def test_a_site_that_was_set_back_is_noticed_by_a_server_that_remembers(site_dirs: list[Path], tmp_path: Path):
+    config = toy_config({"privacy.name": "none", "compute.checkpoint-every": 1})
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", config, site_dirs, Watcher(1))
+    kept = tmp_path / "kept"
+    shutil.copytree(site_dirs[1], kept)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", config, site_dirs, Watcher(2))
+    shutil.rmtree(site_dirs[1])  # the whole site as it was a round ago: ledger, anchor and all
+    shutil.copytree(kept, site_dirs[1])
+    client.site._SITES.clear()
+    with pytest.raises(FederationError, match="site-1 refused with code 'site'"):
+        run(tmp_path / "run", config, site_dirs)
+    assert "does not have" in (site_dirs[1] / "site.log").read_text()
 
 
 def test_a_failing_site_stops_the_run_and_its_text_is_not_repeated(site_dirs: list[Path], tmp_path: Path):

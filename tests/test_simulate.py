@@ -110,6 +110,56 @@ def test_epsilon_in_the_result_is_that_of_the_steps_taken(finished: tuple[Path, 
     assert (privacy["adjacency"], privacy["unit"], privacy["entropy"]) == ("add/remove", "example", "seeded")
 
 
+def test_every_simulated_site_has_a_ledger_that_says_the_same(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, result, _ = finished
+    for site, epsilon in result["privacy"]["epsilon_per_site"].items():
+        text = (out.with_name("a-sites") / site / "lineages" / site / "ledger.jsonl").read_text()
+        charges = [entry for entry in map(json.loads, text.splitlines()) if entry["kind"] == "charge"]
+        assert [entry["server_round"] for entry in charges] == [1, 2, 3]
+        charged = charges[0]
+        expected = spent_epsilon(
+            sampling_rate=charged["sampling_rate"], noise_multiplier=charged["noise_multiplier"], steps=len(charges),
+            delta=result["privacy"]["delta"],
+        )  # fmt: skip
+        assert epsilon["epsilon"] == pytest.approx(expected.epsilon)
+        about = result["privacy"]["ledger_per_site"][site]
+        assert epsilon["epsilon"] < about["reserved"] <= about["lifetime"] == result["privacy"]["target_epsilon"]
+        assert about["left"] == pytest.approx(about["lifetime"] - about["reserved"])
+
+
+def test_a_site_whose_ceiling_is_too_low_refuses_and_the_others_go_on(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(places, tmp_path / "a", "--max-epsilon", "9", "--max-epsilon", "site-01=4", "--json")
+    assert run(given) == 0
+    captured = capsys.readouterr()
+    privacy = json.loads(captured.out)["privacy"]
+    assert privacy["epsilon_per_site"]["site-01"]["epsilon"] == 0 < privacy["epsilon_per_site"]["site-00"]["epsilon"]
+    assert privacy["ledger_per_site"]["site-01"]["refused"] == {"server_round": 1, "code": "site"}
+    assert [privacy["ledger_per_site"][site]["lifetime"] for site in ("site-00", "site-01")] == [9.0, 4.0]
+    assert "site site-01 refused with code 'site'" in captured.err
+    # The site knows why, and what would fit; the server's side does not.
+    log = (tmp_path / "a-sites/site-01/site.log").read_text()
+    assert re.search(r"costs epsilon [78][.\d]* .* has epsilon 4 .*a run of epsilon 4 at delta 1\.0e-04 would", log)
+    for file in (tmp_path / "a").rglob("*"):
+        assert not file.is_file() or b"still fit" not in file.read_bytes()
+
+
+@pytest.mark.parametrize("value", ["site-07=4", "=", "x", "0", "-1", "site-00=nan"])
+def test_a_ceiling_that_is_none_is_refused(
+    value: str, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(places, tmp_path / "a", "--max-epsilon", value)) == 2
+    assert "sites are site-00 to site-01" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_that_was_removed_is_begun_afresh(places: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run(arguments(places, tmp_path / "a", "--set", "privacy.name=none", "--rounds", "1")) == 0
+        shutil.rmtree(tmp_path / "a")
+
+
 def test_the_run_says_before_it_starts_how_long_it_will_take(finished: tuple[Path, dict[str, Any], str]) -> None:
     lines = finished[2].splitlines()
     estimate = next(place for place, line in enumerate(lines) if line.startswith("this will take about"))
