@@ -4,6 +4,7 @@
     SITE/anchor.json               the last entry that this site has seen
     SITE/runs/<run>.json           a proposed run, and what a person decided
     SITE/replies/<run>.reply       the last reply of a run: the same instruction gets the same bytes, uncharged
+                                   (a simulated site keeps it in memory: its seeded noise repeats it anyway)
 
 Another lineage that shares records is declared in both ledgers; a run is then reserved and charged in each of them.
 Not here: the format of a ledger (`shared.privacy.ledger`), and what a run needs to be admitted (`client.site`).
@@ -54,6 +55,7 @@ class SiteAccount:
         self.folder, self.store, self.lineage = folder, store, lineage
         self.ledger = Ledger(store / lineage, anchor=folder / ANCHOR)
         self._others: dict[str, Ledger] = {}
+        self._in_memory: dict[str, tuple[str, bytes]] = {}  # of a simulated site: run to instruction and envelope
 
     @property
     def durable(self) -> bool:
@@ -125,6 +127,9 @@ class SiteAccount:
 
     def stored_reply(self, instruction: RoundInstruction) -> bytes | None:
         """The envelope that already answered this very instruction, or `None`."""
+        if not self.durable:
+            asked, envelope = self._in_memory.get(instruction.run_id, ("", b""))
+            return envelope if asked == instruction.digest else None
         try:
             header, _, envelope = (self.folder / REPLIES / f"{instruction.run_id}.reply").read_bytes().partition(b"\n")
             about: dict[str, Any] = json.loads(header)
@@ -134,10 +139,13 @@ class SiteAccount:
         return envelope if same else None
 
     def store_reply(self, instruction: RoundInstruction, envelope: bytes) -> None:
+        if not self.durable:
+            self._in_memory[instruction.run_id] = (instruction.digest, envelope)
+            return
         (self.folder / REPLIES).mkdir(mode=0o700, exist_ok=True)
         path = self.folder / REPLIES / f"{instruction.run_id}.reply"
         header = json.dumps({"instruction": instruction.digest, "bytes": len(envelope)}).encode()
-        write_note(path, header + b"\n" + envelope, durable=self.durable)
+        write_note(path, header + b"\n" + envelope, durable=True)
 
 
 def default_store() -> Path:
