@@ -6,6 +6,7 @@ Each image is of one colour and has a caption of its own, so that a batch tells 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 from test_site import instruction
 from test_training import Bench, settings
 from torch import Tensor
-from toy_federation import toy_config
+from toy_federation import make_site, toy_config
 
-from client.site import Site, SiteConfig, SiteRefusal
+from client.policy import SitePolicy
+from client.site import Site, SiteRefusal
 from client.training import PrivateBatch, draw_batch, prepare_records, site_gradient, site_moments
 from shared import moments
 from shared.adversarial import real_record_loss
@@ -163,7 +165,7 @@ def test_subjects_are_those_of_a_sites_own_rows() -> None:
 
 def answer(folder: Path, **arrays: np.ndarray) -> SiteReply:
     """Of a site with four images, under a run whose unit is the subject."""
-    SiteConfig(site_id="site-0", data="data.npz", simulated_seed=7).write(folder)
+    make_site(folder, policy=SitePolicy.for_simulation(max_epsilon=math.inf, delta=0.5, unit="subject"))
     names = np.array(["cat"])
     np.savez(folder / "data.npz", x_train=people("abcd").images, y_train=np.zeros(4, int), class_names=names, **arrays)
     config = toy_config({"privacy.name": "none", "privacy.unit": "subject", "privacy.sampling-rate": 1.0})
