@@ -350,6 +350,8 @@ class Site:
                 discriminator=public.discriminator,
             )  # fmt: skip
             self.log(f"{len(self._records)} records are ready; {len(dataset.skipped)} rows were skipped")
+            if self._records.without_subject:
+                self.log(f"{self._records.without_subject} records name no subject and are not used")
         return self._records
 
     def _own_rows(self, count: int) -> np.ndarray:

@@ -1,11 +1,13 @@
 """The local phase at a site: records in, one noised integer vector out. Pure torch, no Flower, no files.
 
-Everything that depends on a record passes one per-record loss, one clip and the noise before it is returned.
+Everything that depends on a unit (a record, or a subject with its records) passes one loss of that unit, one clip
+and the noise before it is returned.
 Not here: whether the site answers at all (`client.site`), and what a reply may look like (`client.gate`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +17,11 @@ from torch import Tensor
 from shared.adversarial import UPDATE_LATTICE, build_loss, fakes_gradient, real_record_loss, take_step, to_unit_range
 from shared.config import RunConfig
 from shared.data import ImageCaptionDataset, augment
+from shared.errors import DataError
 from shared.fakes import FakeBank
 from shared.models import Discriminator, flat_parameters, load_flat_parameters
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
-from shared.moments import clipped_moment_sum
+from shared.moments import clipped_moment_sum, clipped_subject_moment_sum
 from shared.optimizers import build_optimizer, set_learning_rate
 from shared.privacy.dpsgd import clipped_gradient_sum, noised_sum
 from shared.privacy.entropy import Entropy
@@ -31,17 +34,22 @@ ROWS = 500  # of one pass when features are computed
 
 @dataclass(frozen=True)
 class PrivateBatch:
-    """Real rows of one step. A type of its own: nothing that trains the generator accepts it.
+    """B units of one step, M images of each. A type of its own: nothing that trains the generator accepts it.
 
     Attributes:
-        features: `(B, V, h, w, c)`.
-        captions: `(B, E)`, embeddings of the records' own captions.
-        wrong_prompts: `(B, E)`, embeddings of public prompts that are not the record's caption.
+        features: `(B, M V, h, w, c)`, the V views of an image side by side.
+        captions: `(B, M, E)`, embeddings of the images' own captions.
+        wrong_prompts: `(B, M, E)`, embeddings of public prompts that are not the image's caption.
     """
 
     features: Tensor
     captions: Tensor
     wrong_prompts: Tensor
+
+    @property
+    def conditioning(self) -> Tensor:
+        """`(B, 2 M, E)`: of each image its caption, then its wrong prompt."""
+        return torch.stack([self.captions, self.wrong_prompts], dim=2).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class PrivateRecords:
         embeddings: `(T, E)`, one row for each different caption.
         captions: the T different captions.
         caption_rows: for each of the N records the rows of `embeddings` that are its captions.
+        subject_rows: for each subject the records that are its own; `None` where each record is a unit itself.
+        without_subject: records that were left out since they name no subject; private, for the site's own log.
     """
 
     images: np.ndarray
@@ -61,27 +71,54 @@ class PrivateRecords:
     embeddings: Tensor
     captions: tuple[str, ...]
     caption_rows: tuple[tuple[int, ...], ...]
+    subject_rows: tuple[np.ndarray, ...] | None = None
+    without_subject: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def units(self) -> int:
+        """How many units there are to draw from; as private as their number of records."""
+        return len(self.images) if self.subject_rows is None else len(self.subject_rows)
 
 
 def prepare_records(
     dataset: ImageCaptionDataset, indices: np.ndarray, *, config: RunConfig, encoder: CaptionEncoder,
     discriminator: Discriminator,
 ) -> PrivateRecords:  # fmt: skip
-    """Encodes captions once and, where no augmentation changes the images, their features once."""
+    """Encodes captions once and, where no augmentation changes the images, their features once.
+
+    Raises:
+        DataError: the unit is the subject, and the data set or none of its rows names one.
+    """
+    named, subject_rows = indices, None
+    if config.privacy.unit == "subject":
+        named, subject_rows = _by_subject(dataset, indices)
     places: dict[str, int] = {}
     rows = tuple(
-        tuple(places.setdefault(caption, len(places)) for caption in dataset.captions[int(index)]) for index in indices
+        tuple(places.setdefault(caption, len(places)) for caption in dataset.captions[int(index)]) for index in named
     )
     captions = tuple(places)
-    images = dataset.images[indices]
+    images = dataset.images[named]
     features = None
     if not config.data.augmented:
         features = _features(discriminator, images, config=config, kind=torch.float16)
     embeddings = encoder.encode(captions).to(config.compute.device)
-    return PrivateRecords(images, features, embeddings, captions, rows)
+    return PrivateRecords(images, features, embeddings, captions, rows, subject_rows, len(indices) - len(named))
+
+
+def _by_subject(dataset: ImageCaptionDataset, indices: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The rows that name a subject, and for each subject its places among them, in the order of the rows."""
+    subjects = dataset.subjects()
+    # Rows without a subject are not one subject "": whose they are is unknown, so no unit's noise covers them.
+    named = np.array([index for index in indices if subjects[index]], dtype=np.int64)
+    if not len(named):
+        raise DataError(f"none of the {len(indices)} records of {dataset.name} names a subject")
+    places: dict[str, list[int]] = {}
+    for place, index in enumerate(named):
+        places.setdefault(subjects[index], []).append(place)
+    return named, tuple(np.array(rows, dtype=np.int64) for rows in places.values())
 
 
 def site_gradient(
@@ -102,7 +139,7 @@ def site_gradient(
         build_loss(config.discriminator), wrong_prompt_weight=config.discriminator.wrong_prompt_weight
     )
     clipped = clipped_gradient_sum(
-        discriminator, batch.features, torch.stack([batch.captions, batch.wrong_prompts], dim=1), loss,
+        discriminator, batch.features, batch.conditioning, loss,
         clipping_norm=plan.clipping_norm, kernel=config.privacy.kernel,
     )  # fmt: skip
     return noised_sum(clipped.total, plan=plan, entropy=entropy, labels=("noise", server_round, local_step))
@@ -148,7 +185,7 @@ def site_update(
 def site_moments(
     records: PrivateRecords, *, config: RunConfig, plan: PrivacyPlan, discriminator: Discriminator, entropy: Entropy
 ) -> np.ndarray:  # fmt: skip
-    """The warm start's one release: noised caption-conditioned feature moments of all records (q = 1).
+    """The warm start's one release: noised caption-conditioned feature moments of all units (q = 1).
 
     Returns:
         `(moment_size,)` int64 in units of the moment plan's lattice.
@@ -156,9 +193,12 @@ def site_moments(
     features = records.features
     if features is None:
         features = _features(discriminator, records.images, config=config, kind=torch.float16)
-    # A record with several captions enters with their mean embedding: one vector a record, one clip.
+    # A record with several captions enters with their mean embedding: one vector a unit, one clip.
     captions = torch.stack([records.embeddings[list(rows)].mean(dim=0) for rows in records.caption_rows])
-    total = clipped_moment_sum(features, captions)
+    if records.subject_rows is None:
+        total = clipped_moment_sum(features, captions)
+    else:
+        total = clipped_subject_moment_sum(features, captions, records.subject_rows)
     of_moments = replace(plan, noise_multiplier=plan.warm_start_noise_multiplier or 0.0, clipping_norm=MOMENT_NORM)
     return noised_sum(total, plan=of_moments, entropy=entropy, labels=("moments",))
 
@@ -168,13 +208,21 @@ def draw_batch(
     *, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, prompt_embeddings: Tensor, entropy: Entropy,
     labels: tuple[int, int],
 ) -> PrivateBatch:  # fmt: skip
-    """A Poisson draw of records with their views, one caption each and one wrong public prompt each."""
-    chosen = entropy.poisson_draw(len(records), plan.sampling_rate, "draw", *labels)
+    """A Poisson draw of units: M images of each with their views, one caption and one wrong public prompt each."""
+    units = entropy.poisson_draw(records.units, plan.sampling_rate, "draw", *labels)
+    if records.subject_rows is None:
+        slots = units[:, None]  # (B, M): an example is its one image
+    else:
+        slots = _images_of_subjects(
+            [records.subject_rows[unit] for unit in units], count=config.privacy.images_per_subject,
+            rng=entropy.rng("images", *labels),
+        )  # fmt: skip
+    chosen = slots.reshape(-1)
     rng = entropy.rng("views", *labels)
     if records.features is not None:
         features = records.features[torch.from_numpy(chosen)][:, None].float()
     else:
-        views = to_unit_range(augment(records.images[chosen], config=config.data, rng=rng))  # (B, V, C, H, W)
+        views = to_unit_range(augment(records.images[chosen], config=config.data, rng=rng))  # (B M, V, C, H, W)
         flat = views.flatten(0, 1).to(config.compute.device)
         with torch.no_grad():
             features = discriminator.features(flat).unflatten(0, views.shape[:2])
@@ -196,10 +244,21 @@ def draw_batch(
         nearest = likeness.topk(count, dim=1).indices.cpu().numpy()
         wrong[near] = nearest[np.arange(len(near)), rng.integers(count, size=len(near))]
     return PrivateBatch(
-        features=features,
-        captions=captions,
-        wrong_prompts=prompt_embeddings[torch.from_numpy(wrong)],
+        features=features.unflatten(0, slots.shape).flatten(1, 2),
+        captions=captions.unflatten(0, slots.shape),
+        wrong_prompts=prompt_embeddings[torch.from_numpy(wrong)].unflatten(0, slots.shape),
     )
+
+
+def _images_of_subjects(subject_rows: Sequence[np.ndarray], *, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`(B, count)` rows: as many of each subject's images, at random; those of a small subject come again in turn.
+
+    The bound is public, and every subject fills it: the shape tells nothing of how many images one has.
+    """
+    slots = np.empty((len(subject_rows), count), dtype=np.int64)
+    for place, rows in enumerate(subject_rows):
+        slots[place] = np.resize(rng.permutation(rows), count)
+    return slots
 
 
 def _features(

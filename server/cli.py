@@ -71,8 +71,10 @@ def generate(
         made.append({"prompt": prompt, "files": [str(file) for file in files]})
         cells.append(SheetCell(prompt, images[:16]))
     sheet = out / "sheet.png"
-    epsilon = released.card.get("spent", {}).get("epsilon")
-    privacy = f"epsilon {float(epsilon):.3g} per site" if epsilon is not None else ""
+    spent = released.card.get("spent")
+    privacy = ""
+    if spent:
+        privacy = f"epsilon {float(spent['epsilon']):.3g} per site, {spent['adjacency']} one {spent['unit']}"
     write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=[privacy] if privacy else []))
     if as_json:
         result = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}

@@ -46,16 +46,20 @@ summary { cursor: pointer; } code { font-size: .9em; }
   figure, tr { break-inside: avoid; } details.long { display: none; } .curves { grid-template-columns: 1fr 1fr; } }
 """
 
-PROTECTED = (
-    "One record at one site (an image with all its captions): adding or removing it changes what leaves the site"
-    " by at most the epsilon and delta above, against everyone who sees all messages, the server and the other"
-    " sites together.",
-)
+PROTECTED = {
+    unit: f"One {meaning}: adding or removing it at one site changes what leaves the site by at most the epsilon and"
+    " delta above, against everyone who sees all messages, the server and the other sites together."
+    for unit, meaning in {
+        "example": "record (an image with all its captions)",
+        "subject": "subject (a subject_id with all its images and their captions)",
+    }.items()
+}
 NOT_PROTECTED = (
     "This is a simulation: all sites share one machine, and their draws and noise come from a seed that is written"
     " down. The epsilon is that of the same run with noise from the operating system.",
     "Other runs on the same data add to this one; no site keeps an account over runs yet.",
-    "A person with several records at a site, or with records at two sites, is protected less.",
+    "A person with several records at a site, or with records at two sites, is protected less; where the unit is the"
+    " subject, one with records at two sites or under two names.",
     "What is common to many records is learned: that is the purpose.",
     "Prompts, settings, the published number of records and the number of rounds are public.",
     "Settings that were looked for on private data would cost privacy that is not counted here.",
@@ -102,7 +106,7 @@ def _summary(run: RunDirectory) -> str:
     steps = f", {config.federation.local_steps} local steps" if config.federation.local_steps > 1 else ""
     return (
         f"{config.federation.sites} sites, {config.federation.rounds} rounds{steps},"
-        f" {config.federation.published_records:,} records as published,"
+        f" {config.federation.published_records:,} {config.privacy.units} as published,"
         f" {len(run.prompts)} public prompts, run {run.run_id}, fedcanvas {__version__}"
     )
 
@@ -206,7 +210,7 @@ def _protection(run: RunDirectory) -> list[str]:
     not_protected = NOT_PROTECTED if run.entropy == "seeded" else NOT_PROTECTED[1:]
     return [
         "<h2>What was protected, and what not</h2>",
-        "<p>Protected:</p>", _list(PROTECTED), "<p>Not protected:</p>", _list(not_protected),
+        "<p>Protected:</p>", _list([PROTECTED[run.config.privacy.unit]]), "<p>Not protected:</p>", _list(not_protected),
     ]  # fmt: skip
 
 

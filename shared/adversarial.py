@@ -24,17 +24,21 @@ def build_loss(settings: DiscriminatorConfig) -> AdversarialLoss:
 
 
 def real_record_loss(loss: AdversarialLoss, *, wrong_prompt_weight: float) -> RecordLoss:
-    """Loss of one record: (image, caption) is real, (same image, wrong public prompt) is not.
+    """Loss of one unit's M images (M = 1 for an example): (image, caption) is real, (image, wrong prompt) is not.
 
     Returns:
-        A function from logits `(B, V, 2)`, matched prompt first, to `(B,)`: the mean over views.
+        A function from logits `(B, M V, 2 M)` to `(B,)`, the mean over images and views. Image m has the views
+        m V to (m + 1) V and the prompts 2 m, matched, and 2 m + 1, wrong; its logits with others' prompts do not count.
     """
 
-    def of_records(logits: Tensor) -> Tensor:
-        matched, wrong = logits.unbind(dim=2)  # each (B, V)
-        return (loss.real(matched) + wrong_prompt_weight * loss.fake(wrong)).mean(dim=1)
+    def of_units(logits: Tensor) -> Tensor:
+        images = logits.shape[2] // 2
+        pairs = logits.unflatten(2, (images, 2)).unflatten(1, (images, -1))  # (B, M, V, M, 2)
+        own = pairs.diagonal(dim1=1, dim2=3)  # (B, V, 2, M)
+        matched, wrong = own.unbind(dim=2)  # each (B, V, M)
+        return (loss.real(matched) + wrong_prompt_weight * loss.fake(wrong)).flatten(1).mean(dim=1)
 
-    return of_records
+    return of_units
 
 
 def fakes_gradient(

@@ -76,13 +76,30 @@ class TextConfig(Section):
 class PrivacyConfig(Section):
     name: Literal["dp-sgd", "none"] = Field("dp-sgd", description="'none' is no privacy: epsilon = inf everywhere.")
     target_epsilon: float = Field(8.0, gt=0, le=1000, description="Budget of the whole run, per site.")
-    delta: float = Field(gt=0, lt=1, description="Public constant, below 1 / number of records at a site.")
+    delta: float = Field(gt=0, lt=1, description="Public constant, below 1 / number of units at a site.")
     sampling_rate: float = Field(gt=0, le=1, description="Poisson sampling rate q of a step, public.")
-    clipping_norm: float = Field(12.0, gt=0, le=1e6, description="L2 bound C of one record's gradient.")
+    clipping_norm: float = Field(12.0, gt=0, le=1e6, description="L2 bound C of one unit's gradient.")
     noise: Literal["local", "distributed"] = Field("local", description="Who adds it: each site all, or shares of it.")
     kernel: Literal["fused", "opacus"] = Field("fused", description="What computes the clipped sum; both agree.")
     retry_slack: int = Field(5, ge=0, le=10_000, description="Rounds reserved for retries beside federation.rounds.")
-    unit: Literal["example"] = Field("example", description="The privacy unit: an image with all its captions.")
+    unit: Literal["example", "subject"] = Field(
+        "example", description="The privacy unit: an image with all its captions, or a subject_id with all its images."
+    )
+    images_per_subject: int = Field(
+        4, ge=1, le=64, description="Unit 'subject': how many images of one a step looks at, averaged in its one loss."
+    )
+
+    @property
+    def units(self) -> str:
+        """What is drawn and counted, in the words of messages and reports."""
+        return "subjects" if self.unit == "subject" else "records"
+
+    @model_validator(mode="after")
+    def _images_per_subject_need_subjects(self) -> PrivacyConfig:
+        default = type(self).model_fields["images_per_subject"].default
+        if self.unit == "example" and self.images_per_subject != default:
+            raise ValueError("images-per-subject bounds nothing with unit 'example': set privacy.unit = 'subject'")
+        return self
 
 
 class FederationConfig(Section):
@@ -96,7 +113,7 @@ class FederationConfig(Section):
     fewest_sites: int = Field(
         0, ge=0, le=10_000, description="A run goes on without sites that refuse while so many answer; 0 = all of them."
     )
-    published_records: int = Field(ge=1, description="Records of all sites together, a rounded published figure.")
+    published_records: int = Field(ge=1, description="Units (examples or subjects) of all sites, a rounded figure.")
 
 
 class DiscriminatorConfig(Section):
@@ -202,7 +219,7 @@ class RunConfig(Section):
 
     @property
     def expected_batch_size(self) -> float:
-        """Records that one step draws over all sites, in expectation: the public divisor, never a count."""
+        """Units that one step draws over all sites, in expectation: the public divisor, never a count."""
         return self.privacy.sampling_rate * self.federation.published_records
 
     @property

@@ -1,14 +1,16 @@
-"""The warm start's statistics: caption-conditioned moments of the fixed features, one bounded vector a record.
+"""The warm start's statistics: caption-conditioned moments of the fixed features, one bounded vector a unit.
 
 A record with features f (F values) and text t = (1, caption embedding) gives the vector
 (f t^T, rho t t^T), divided by a public scale and clipped jointly to norm 1. It holds every statistic and,
 as the first entry of t t^T, the constant that stands for the record, so that all normalisers come from the
 noised constant (PRIVACY rule 26). Features are first averaged over 2 x 2 cells: a quarter of the coordinates
 halves the noise against the signal. The server reads from the noised sum what features to expect of a prompt.
+Where the unit is the subject, its vector is the mean of its records' vectors, clipped as one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,8 +61,7 @@ def clipped_moment_sum(features: Tensor, captions: Tensor) -> Tensor:
     of_features = torch.zeros(size, columns, dtype=torch.float64)
     of_text = torch.zeros(columns, columns, dtype=torch.float64)
     for start in range(0, len(features), ROWS):
-        f = pooled_features(features[start : start + ROWS].float()).cpu() / scale
-        t = torch.cat([torch.ones(len(f), 1), captions[start : start + ROWS].float().cpu()], dim=1)
+        f, t = _vector_factors(features[start : start + ROWS], captions[start : start + ROWS], scale)
         text = t.square().sum(dim=1)
         norms = (text * f.square().sum(dim=1) + (rho / scale * text).square()).sqrt()
         factors = torch.where(norms.isfinite(), (CLIPPING_NORM / norms.clamp(min=1e-12)).clamp(max=1), 0)
@@ -68,6 +69,34 @@ def clipped_moment_sum(features: Tensor, captions: Tensor) -> Tensor:
         of_features += (f.t() @ (factors[:, None] * t)).double()
         of_text += rho / scale * (t.t() @ (factors[:, None] * t)).double()
     return torch.cat([of_features.reshape(-1), of_text.reshape(-1)])
+
+
+def clipped_subject_moment_sum(features: Tensor, captions: Tensor, subject_rows: Sequence[np.ndarray]) -> Tensor:
+    """Sum over subjects of the mean moment vector of their images, each mean of L2 norm at most 1.
+
+    One subject at a time and its images in parts: two vectors in memory, however many there are of both.
+
+    Args:
+        features: `(N, h, w, c)`, any float type.
+        captions: `(N, E)`.
+        subject_rows: for each subject the rows that are its own, at least one.
+    Returns:
+        `(moment_size,)` float64. A subject that is not finite contributes zero.
+    """
+    size, columns = _feature_count(tuple(features.shape[1:])), captions.shape[1] + 1
+    scale, rho = _public_scales(size, columns)
+    total = torch.zeros((size + columns) * columns, dtype=torch.float64)
+    for rows in subject_rows:
+        mean = torch.zeros_like(total)
+        for start in range(0, len(rows), ROWS):
+            part = torch.from_numpy(rows[start : start + ROWS])
+            f, t = _vector_factors(features[part], captions[part], scale)
+            mean += torch.cat([(f.t() @ t).reshape(-1), (rho / scale * (t.t() @ t)).reshape(-1)]).double() / len(rows)
+        # The norm of what is added, as rounded: images that cancel out leave a mean that no formula knows as well.
+        norm = float(mean.norm())
+        if math.isfinite(norm):
+            total.add_(mean, alpha=min(1.0, CLIPPING_NORM / max(norm, 1e-12)))
+    return total
 
 
 class MomentFit:
@@ -106,6 +135,12 @@ class MomentFit:
         regression = self.regression.to(conditioning)
         expected: Tensor = conditioning @ regression[:, 1:].t() + regression[:, 0]
         return expected
+
+
+def _vector_factors(features: Tensor, captions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """f `(B, F)`, scaled, and t `(B, E + 1)`: the vectors of B records are their outer products."""
+    f = pooled_features(features.float()).cpu() / scale
+    return f, torch.cat([torch.ones(len(f), 1), captions.float().cpu()], dim=1)
 
 
 def _feature_count(feature_shape: tuple[int, ...]) -> int:

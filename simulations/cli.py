@@ -227,9 +227,10 @@ def _new_run(
     if job.max_epsilon and "federation.fewest-sites" not in overlay:
         flat["federation.fewest-sites"] = 1
         say("a site whose ceiling does not allow the run refuses, and the others go on (federation.fewest-sites = 1)")
-    config = _with_public_figures(flat, sum(map(len, datasets)))
+    count = sum(_unit_count(checked, dataset) for dataset in datasets)
+    config = _with_public_figures(flat, count, checked.privacy.units)
     _ceilings(job, config)
-    _check_enough(config, datasets)
+    _check_enough(config, count)
     make_plan(config)  # raises where no noise reaches the epsilon
     if pool is None:
         pool = _prompts_beside(paths)
@@ -337,6 +338,9 @@ def _open_data(out: Path, job: Job, config: RunConfig) -> list[ImageCaptionDatas
         if len(dataset.skipped) > 3:
             counts = "; ".join(f"{count} x {reason}" for reason, count in dataset.skipped_by_reason().items())
             warn(f"{path}: {len(dataset.skipped)} rows are skipped in all: {counts}")
+        nobody = dataset.subjects().count("") if config.privacy.unit == "subject" else 0
+        if nobody:
+            warn(f"{path}: {nobody} records name no subject: they are not used")
         datasets.append(dataset)
     return datasets
 
@@ -370,19 +374,23 @@ def _reference_split(path: Path) -> Split:
         return "train"
 
 
-def _with_public_figures(flat: Mapping[str, Scalar], records: int) -> RunConfig:
-    """The whole config: the published number of records and q where nobody gave them, and what was chosen is said."""
+def _unit_count(config: RunConfig, dataset: ImageCaptionDataset) -> int:
+    return len(dataset) if config.privacy.unit == "example" else len(set(dataset.subjects()) - {""})
+
+
+def _with_public_figures(flat: Mapping[str, Scalar], count: int, units: str = "records") -> RunConfig:
+    """The whole config: the published number of units and q where nobody gave them, and what was chosen is said."""
     from shared.config import RunConfig
 
     flat = dict(flat)
     if "federation.published-records" not in flat:
-        flat["federation.published-records"] = published = _two_digits(records)
-        say(f"published records of all sites: {published:,}, rounded; federation.published-records sets another figure")
+        flat["federation.published-records"] = published = _two_digits(count)
+        say(f"published {units} of all sites: {published:,}, rounded; federation.published-records sets another figure")
     if "privacy.sampling-rate" not in flat:
         published = int(flat["federation.published-records"])
         batch = min(published / 4, LARGEST_DEFAULT_BATCH)
         flat["privacy.sampling-rate"] = rate = float(f"{batch / max(published, 1):.3g}")
-        say(f"sampling rate q = {rate:g}: about {rate * published:.0f} records a step, over all sites")
+        say(f"sampling rate q = {rate:g}: about {rate * published:.0f} {units} a step, over all sites")
     return RunConfig.from_flat(flat, origin="settings")
 
 
@@ -390,18 +398,18 @@ def _two_digits(count: int) -> int:
     return int(float(f"{count:.2g}"))
 
 
-def _check_enough(config: RunConfig, datasets: Sequence[ImageCaptionDataset]) -> None:
-    """The plan's noise is made for the published figure: far fewer records drown in it."""
-    records, published = sum(map(len, datasets)), config.federation.published_records
-    if records < FEWEST_OF_PUBLISHED * published:
+def _check_enough(config: RunConfig, count: int) -> None:
+    """The plan's noise is made for the published figure: far fewer units drown in it."""
+    units, published = config.privacy.units, config.federation.published_records
+    if count < FEWEST_OF_PUBLISHED * published:
         raise DataError(
-            f"too few records for the plan: {records:,} are there, it is made for {published:,}",
-            hint=f"--set federation.published-records={_two_digits(records)}, or more data",
+            f"too few {units} for the plan: {count:,} are there, it is made for {published:,}",
+            hint=f"--set federation.published-records={_two_digits(count)}, or more data",
         )
     drawn = config.expected_batch_size / config.federation.sites
     if config.privacy.name != "none" and drawn < 1:
         raise DataError(
-            f"too few records for the plan: a site draws {drawn:.2g} a step, the rest is noise",
+            f"too few {units} for the plan: a site draws {drawn:.2g} a step, the rest is noise",
             hint="raise privacy.sampling-rate, or take fewer sites or more data",
         )
 
@@ -423,7 +431,7 @@ def _write_sites(out: Path, job: Job, config: RunConfig, datasets: Sequence[Imag
     if len(datasets) == 1 and count > 1:
         shares[:] = partition_indices(
             datasets[0], sites=count, scheme=cast(Scheme, job.partition), attribute=job.attribute, alpha=job.alpha,
-            seed=config.seed,
+            seed=config.seed, groups=datasets[0].subjects() if config.privacy.unit == "subject" else None,
         )  # fmt: skip
     paths = []
     ceilings, unit = _ceilings(job, config), config.privacy.unit
@@ -471,12 +479,16 @@ def _data_digest_path(out: Path) -> Path:
 
 
 def _data_digest(datasets: Sequence[ImageCaptionDataset]) -> str:
-    """Of every pixel and caption; as private as they are, so it stays with the sites."""
+    """Of every pixel, caption and subject; as private as they are, so it stays with the sites."""
+    from shared.data import SUBJECT_ID
+
     digest = hashlib.sha256()
     for dataset in datasets:
         for start in range(0, len(dataset), 4096):
             digest.update(dataset.images[start : start + 4096].tobytes())
         digest.update(json.dumps(dataset.captions).encode())
+        if SUBJECT_ID in dataset.attributes:
+            digest.update(json.dumps(dataset.subjects()).encode())
     return digest.hexdigest() + "\n"
 
 
@@ -536,13 +548,13 @@ def _train(run: RunDirectory, job: Job, engine: str) -> None:
 
 
 def _plan_line(config: RunConfig, plan: Any) -> str:
-    federation = config.federation
-    start = f"{federation.sites} sites, {federation.rounds} rounds, {plan.expected_batch_size:,.0f} records a step"
+    federation, units = config.federation, config.privacy.units
+    start = f"{federation.sites} sites, {federation.rounds} rounds, {plan.expected_batch_size:,.0f} {units} a step"
     if not plan.private:
         return f"{start}, no privacy: epsilon = inf"
     return (
         f"{start}, noise multiplier {plan.noise_multiplier:g} for epsilon {config.privacy.target_epsilon:g}"
-        f" at delta {plan.delta:.0e}, {config.privacy.retry_slack} retries included"
+        f" at delta {plan.delta:.0e} for one {plan.unit}, {config.privacy.retry_slack} retries included"
     )
 
 
@@ -566,7 +578,10 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
     spent = plan.spent(charged, warm_start=config.warm_start.enabled, exact=exact)
     sites = _ledgers(run, plan)
     rows = accuracy_rows(metrics)
-    notes = [f"{config.federation.sites} sites, epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e}"]
+    notes = [
+        f"{config.federation.sites} sites, epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e},"
+        f" {spent.adjacency} one {spent.unit}"
+    ]
     if rows:
         notes.append("accuracy " + ", ".join(f"{name} {value:.2f}" for name, value, _, _ in rows))
     sheet = run.write_bytes("sheet.png", final_sheet(model, reference, title=run.path.resolve().name, notes=notes))

@@ -20,7 +20,7 @@ import torch
 from client.training import PrivateRecords, prepare_records, site_gradient, site_update
 from server.training import ServerTraining
 from shared.config import RunConfig
-from shared.data import ImageCaptionDataset
+from shared.data import SUBJECT_ID, ImageCaptionDataset
 from shared.models import parameter_count
 from shared.privacy.entropy import SeededEntropy
 from shared.privacy.plan import PrivacyPlan
@@ -97,6 +97,8 @@ def _made_up_records(count: int, training: ServerTraining, prompts: PromptPool) 
     dataset = ImageCaptionDataset(
         images=np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8),
         captions=[(prompts.texts[place % len(prompts)],) for place in range(count)],
+        # Subjects of one image: a step looks at as many images of each, whatever they have.
+        attributes={SUBJECT_ID: [f"{place}" for place in range(count)]},
     )
     return prepare_records(
         dataset, np.arange(count), config=training.config, encoder=training.encoder,

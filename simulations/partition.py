@@ -4,17 +4,19 @@
     dirichlet      for each value of an attribute, shares drawn from Dirichlet(alpha): small alpha, unequal sites
     by-attribute   whole values of an attribute, so that no value is at two sites
 
+Where records are grouped, by subject, whole groups are divided in these ways, since sites are disjoint in units.
 This looks at records, so it is for simulations: a deployed site brings its own data set.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
-from shared.data import ImageCaptionDataset
+from shared.data import SUBJECT_ID, ImageCaptionDataset
 from shared.errors import ConfigError, DataError
 from shared.registry import nearest_name_hint
 
@@ -23,17 +25,20 @@ Scheme = Literal["iid", "dirichlet", "by-attribute"]
 
 def partition_indices(
     dataset: ImageCaptionDataset, *, sites: int, scheme: Scheme = "iid", attribute: str | None = None,
-    alpha: float = 0.5, seed: int = 0,
+    alpha: float = 0.5, seed: int = 0, groups: Sequence[str] | None = None,
 ) -> list[np.ndarray]:  # fmt: skip
     """The records of each site, int64, ascending.
 
     Args:
         attribute: for "dirichlet" and "by-attribute": a further column of the data set, or "text" for the first
-            caption. May be left out where the data set has one further column or none: then that, or "text".
+            caption. May be left out where the data set has one further column or none, subject_id aside: then
+            that, or "text".
         alpha: of the Dirichlet distribution, > 0.
+        groups: a name for each record. Records of one name stay at one site and count as one, with the value that
+            most of them have; those whose name is "" are at no site.
     Raises:
         ConfigError: an unknown scheme, or no site or alpha that there can be.
-        DataError: too few records or values, or no such attribute.
+        DataError: too few records, groups or values, or no such attribute.
     Source: Hsu et al. 2019, https://arxiv.org/abs/1909.06335, for shares by Dirichlet.
     """
     if scheme not in get_args(Scheme):
@@ -42,28 +47,39 @@ def partition_indices(
         raise ConfigError(f"{sites} sites cannot be")
     if not 0 < alpha < np.inf:
         raise ConfigError(f"alpha must be above 0, got {alpha}")
-    if len(dataset) < sites:
+    members = None if groups is None else [rows for rows in _by_label(groups) if groups[rows[0]]]
+    count = len(dataset) if members is None else len(members)
+    if count < sites:
         raise DataError(
-            f"{dataset.name} has {len(dataset)} records for {sites} sites", hint="take fewer sites, or more data"
+            f"{dataset.name} has {count} {'records' if members is None else 'groups of records'} for {sites} sites",
+            hint="take fewer sites, or more data",
         )
+    labels: Sequence[str] = []
+    if scheme != "iid":
+        labels = _labels(dataset, attribute)
+        if members is not None:
+            labels = [Counter(labels[row] for row in rows).most_common(1)[0][0] for rows in members]
     rng = np.random.default_rng(seed)
     if scheme == "iid":
-        shares = np.array_split(rng.permutation(len(dataset)), sites)
+        shares = np.array_split(rng.permutation(count), sites)
     elif scheme == "dirichlet":
-        shares = _dirichlet(_labels(dataset, attribute), sites, alpha, rng)
+        shares = _dirichlet(labels, sites, alpha, rng)
     else:
-        shares = _by_value(_labels(dataset, attribute), sites, rng, dataset.name)
+        shares = _by_value(labels, sites, rng, dataset.name)
+    if members is not None:
+        shares = [np.concatenate([members[group] for group in share]) for share in shares]
     return [np.sort(share).astype(np.int64) for share in shares]
 
 
 def _labels(dataset: ImageCaptionDataset, attribute: str | None) -> Sequence[str]:
     columns = dataset.attributes
-    if attribute is None and len(columns) > 1:
+    usual = [name for name in columns if name != SUBJECT_ID]
+    if attribute is None and len(usual) > 1:
         raise DataError(
             f"{dataset.name} has several attributes and the partition names none",
             hint=f"name one of: {', '.join(sorted(columns))}, text",
         )
-    name = attribute or next(iter(columns), "text")
+    name = attribute or next(iter(usual), "text")
     if name in columns:
         return columns[name]
     if name == "text":

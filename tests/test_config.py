@@ -59,6 +59,7 @@ def test_a_missing_setting_is_named(missing: str) -> None:
 def test_no_setting_holds_a_noise_multiplier_or_a_sensitivity() -> None:
     assert set(PrivacyConfig.model_fields) == {
         "name", "target_epsilon", "delta", "sampling_rate", "clipping_norm", "noise", "kernel", "retry_slack", "unit",
+        "images_per_subject",
     }  # fmt: skip
 
 
@@ -83,7 +84,9 @@ def test_asking_for_sigma_is_answered_with_what_it_is_derived_from(name: str) ->
         ("privacy", "sampling-rate", 1.01),
         ("privacy", "clipping-norm", 0.0),
         ("privacy", "name", "dp"),
-        ("privacy", "unit", "subject"),
+        ("privacy", "unit", "person"),
+        ("privacy", "images-per-subject", 0),
+        ("privacy", "images-per-subject", 65),
         ("federation", "sites", 0),
         ("federation", "rounds", 0),
         ("federation", "local-steps", 0),
@@ -108,6 +111,14 @@ def test_a_number_of_another_type_is_refused(value: object) -> None:
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "0"])
 def test_a_seed_outside_its_range_is_refused(seed: object) -> None:
     assert "setting 'seed'" in refused(seed=seed).message
+
+
+def test_images_per_subject_belong_to_the_unit_subject() -> None:
+    error = refused(privacy={"images-per-subject": 8})
+    assert "images-per-subject bounds nothing with unit 'example'" in error.message
+    config = RunConfig.from_table(table(privacy={"unit": "subject", "images-per-subject": 8}))
+    assert (config.privacy.unit, config.privacy.images_per_subject) == ("subject", 8)
+    assert RunConfig.from_table(table()).privacy.unit == "example"
 
 
 def test_distributed_noise_is_refused_until_masking_exists() -> None:

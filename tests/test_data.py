@@ -347,6 +347,54 @@ def test_a_file_that_is_no_npz_or_lacks_an_array_is_an_error(tmp_path: Path) -> 
         open_dataset(path, config=CONFIG)
 
 
+def test_arrays_may_name_a_subject_for_each_row(tmp_path: Path) -> None:
+    for subjects, expected in (
+        (np.array(["ann", " ben ", ""]), ["ann", "ben", ""]),
+        (np.array([7, 7, 0]), ["7", "7", "0"]),
+    ):
+        dataset = open_dataset(npz(tmp_path / "digits.npz", **digits(), subject_id=subjects), config=CONFIG)
+        assert dataset.attributes == {"class": ["zero", "one", "two"], "subject_id": expected}
+        assert dataset.subjects() == expected
+
+
+def test_a_row_that_is_skipped_does_not_move_the_subjects_of_the_others(tmp_path: Path) -> None:
+    arrays = digits() | {"y_train": np.array([0, 7, 2]), "subject_id": np.array(["ann", "ben", "cid"])}
+    assert open_dataset(npz(tmp_path / "digits.npz", **arrays), config=CONFIG).subjects() == ["ann", "cid"]
+
+
+def test_the_test_split_of_arrays_has_no_subjects(tmp_path: Path) -> None:
+    tested = {"x_test": np.zeros((2, 8, 8), np.uint8), "y_test": np.array([2, 2]), "subject_id": np.array([1, 2, 3])}
+    path = npz(tmp_path / "digits.npz", **digits(), **tested)
+    assert open_dataset(path, config=CONFIG, split="test").attributes == {"class": ["two", "two"]}
+
+
+@pytest.mark.parametrize(
+    "subjects", [np.array([1, 2]), np.array([1.0, 2.0, 3.0]), np.array([[1, 2, 3]]), np.array(["a", None, "b"])]
+)
+def test_subjects_of_another_form_are_an_error(tmp_path: Path, subjects: np.ndarray) -> None:
+    with pytest.raises(DataError, match="subject_id"):
+        open_dataset(npz(tmp_path / "digits.npz", **digits(), subject_id=subjects), config=CONFIG)
+
+
+def test_data_that_do_not_say_whose_they_are_have_no_subjects(tmp_path: Path) -> None:
+    dataset = open_dataset(npz(tmp_path / "digits.npz", **digits()), config=CONFIG)
+    with pytest.raises(DataError, match="has no column 'subject_id'") as caught:
+        dataset.subjects()
+    assert caught.value.hint
+
+
+def test_an_image_of_two_subjects_makes_the_data_unusable_and_one_that_a_row_leaves_open_does_not(
+    tmp_path: Path,
+) -> None:
+    start = "file_name,text,subject_id\na.png,one,ann\nb.png,two,\n"
+    dataset = open_dataset(write(tmp_path / "set", f"{start}a.png,three,\na.png,four,ann\n"), config=CONFIG)
+    assert dataset.captions == [("one", "three", "four"), ("two",)]
+    assert dataset.subjects() == ["ann", ""]
+    with pytest.raises(DataError, match="rows 2 and 4 give one image to two subjects") as caught:
+        open_dataset(write(tmp_path / "set", f"{start}./a.png,three,Rosalind\n"), config=CONFIG)
+    assert "Rosalind" not in f"{caught.value.message}{caught.value.hint}"
+
+
 def test_a_data_set_never_shows_its_content_by_accident(tmp_path: Path) -> None:
     dataset = open_dataset(write(tmp_path / "set", f"file_name,text\na.png,{SECRET}\n"), config=CONFIG)
     assert repr(dataset) == str(dataset) == "ImageCaptionDataset('set', 1 records, 0 rows skipped)"

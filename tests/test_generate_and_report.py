@@ -14,12 +14,13 @@ import torch
 
 from server.cli import _names
 from server.report import report_html
+from server.sheet import contact_sheet
 from shared.cli import run
 from shared.config import RunConfig
 from shared.data.encoding import encode_png
 from shared.errors import RunDirectoryError
 from shared.models import build_discriminator, build_generator
-from shared.privacy.accounting import spent_epsilon
+from shared.privacy.accounting import EpsilonReport, spent_epsilon
 from shared.privacy.plan import make_plan
 from shared.rundir import RunDirectory, load_model
 from shared.text import build_encoder
@@ -33,6 +34,7 @@ CONFIG = RunConfig.from_table(
         "generator": {"width": 8, "latent-dim": 8},
     }
 )
+SPENT = EpsilonReport(1.5, 1.4, 1.7, 1e-4, 5, unit="subject")
 PROMPTS = ("a red circle", "<script>alert(1)</script> & 'quotes'", "一个红色的圆")
 
 
@@ -51,7 +53,7 @@ def make_run(path: Path, config: RunConfig = CONFIG, *, rounds: int = 5) -> Path
         rundir.save_model(
             generator=build_generator(config, embedding_dim=encoder.dim).state_dict(),
             discriminator=build_discriminator(config, embedding_dim=encoder.dim).state_dict(),
-            card={"encoder_fingerprint": encoder.fingerprint, "plan": plan.to_dict(), "spent": {"epsilon": 1.5}},
+            card={"encoder_fingerprint": encoder.fingerprint, "plan": plan.to_dict(), "spent": SPENT.to_dict()},
         )
     return path
 
@@ -91,6 +93,17 @@ def test_more_pictures_and_more_prompts_leave_the_others_as_they_were(model: Pat
     assert run(["generate", "a red circle", "--model", str(model), "--n", "2", "--out", str(few)]) == 0
     assert run(["generate", "x", "a red circle", "--model", str(model / "model"), "--n", "5", "--out", str(many)]) == 0
     assert (few / "a-red-circle-001.png").read_bytes() == (many / "a-red-circle-001.png").read_bytes()
+
+
+def test_the_sheet_names_the_unit_that_its_epsilon_is_of(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(
+        "server.sheet.contact_sheet", lambda *a, **k: (notes.extend(k["notes"]), contact_sheet(*a, **k))[1]
+    )
+    assert run(["generate", "a", "--model", str(model), "--n", "1", "--out", str(tmp_path)]) == 0
+    assert notes == ["epsilon 1.5 per site, add/remove one subject"]
 
 
 def test_another_seed_draws_other_pictures(model: Path, tmp_path: Path) -> None:

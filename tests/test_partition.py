@@ -99,6 +99,43 @@ def test_the_attribute_is_named_or_the_only_one_or_the_caption() -> None:
     assert len(partition_indices(plain, sites=2, scheme="by-attribute")) == 2
 
 
+@given(
+    people=st.lists(st.sampled_from(["", *"pqrstuvw"]), min_size=1, max_size=60),
+    sites=st.integers(1, 4),
+    scheme=st.sampled_from(["iid", "dirichlet", "by-attribute"]),
+    seed=st.integers(0, 3),
+)
+def test_all_records_of_a_group_are_at_one_site_and_those_of_no_group_at_none(
+    people: list[str], sites: int, scheme: Scheme, seed: int
+) -> None:
+    data = dataset([f"{row % 5}" for row in range(len(people))], subject_id=people)
+    most = {  # by hand: the value that most of a person's records have, the first of them where several do
+        person: max(own := [row % 5 for row, other in enumerate(people) if other == person], key=own.count)
+        for person in set(people) - {""}
+    }
+    if len(set(most.values()) if scheme == "by-attribute" else most) < sites:
+        with pytest.raises(DataError):
+            partition_indices(data, sites=sites, scheme=scheme, seed=seed, groups=people)
+        return
+    shares = partition_indices(data, sites=sites, scheme=scheme, seed=seed, groups=people)
+    at = [{people[row] for row in share} for share in shares]
+    assert sum(map(len, at)) == len(most)  # nobody is at two sites
+    assert sorted(np.concatenate(shares).tolist()) == [row for row, person in enumerate(people) if person]
+    if scheme == "iid":
+        assert max(map(len, at)) - min(map(len, at)) <= 1  # counted in people, not in records
+    if scheme == "by-attribute":
+        values = [{most[person] for person in of_site} for of_site in at]
+        assert sum(map(len, values)) == len(set(most.values()))
+
+
+def test_the_subject_is_no_attribute_that_is_divided_by_unless_it_is_named() -> None:
+    data = dataset(["a", "b"] * 4, subject_id=["x"] * 4 + ["y"] * 4)
+    by_kind = partition_indices(data, sites=2, scheme="by-attribute")
+    assert sorted(share.tolist() for share in by_kind) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    by_subject = partition_indices(data, sites=2, scheme="by-attribute", attribute="subject_id")
+    assert sorted(share.tolist() for share in by_subject) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_what_cannot_be_is_an_error_without_captions_in_it() -> None:
     data = dataset(["secret"] * 3)
     with pytest.raises(DataError, match="3 records for 4 sites"):

@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import pytest
 
+from server.sheet import contact_sheet
 from shared.cli import run
 from shared.data import ImageCaptionDataset
 from shared.privacy.accounting import spent_epsilon
@@ -392,6 +393,73 @@ def test_too_few_records_for_the_plan_are_refused_with_the_next_step(
     error, hint = capsys.readouterr().err.splitlines()[-2:]
     assert error == "error: too few records for the plan: 90 are there, it is made for 400"
     assert "federation.published-records=90" in hint
+
+
+@pytest.fixture(scope="module")
+def of_people(places: Path) -> Path:
+    """The same shapes as of thirty people with three pictures each, one after the other, but four of nobody."""
+    folder = places / "people"
+    shutil.copytree(places / "data", folder)
+    head, *rows = (folder / "captions.csv").read_text().splitlines()
+    named = [f"{row},{'' if place < 4 else f'person-{place % 30:02d}'}" for place, row in enumerate(rows)]
+    (folder / "captions.csv").write_text("\n".join([f"{head},subject_id", *named]) + "\n")
+    return folder
+
+
+BY_SUBJECT = ["--set", "privacy.unit=subject", "--set", "privacy.images-per-subject=2"]
+
+
+def test_a_run_whose_unit_is_the_subject_says_so_wherever_it_says_epsilon(
+    of_people: Path, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(
+        "server.evaluation.contact_sheet", lambda *a, **k: (notes.extend(k.get("notes", [])), contact_sheet(*a, **k))[1]
+    )
+    out = tmp_path / "run"
+    given = ["simulate", "toy", "--data", str(of_people), "--out", str(out), *SMALL, *BY_SUBJECT]
+    assert run([*given, "--set", "federation.published-records=30"]) == 0
+    text, talk = capsys.readouterr()
+    assert "add/remove one subject" in text
+    assert "records name no subject: they are not used" in talk
+    assert re.search(r"6 subjects a step, noise multiplier .* for one subject", talk)
+    assert any("epsilon" in note and "one subject" in note for note in notes)
+    privacy = json.loads((out / "result.json").read_text())["privacy"]
+    assert (privacy["adjacency"], privacy["unit"]) == ("add/remove", "subject")
+    card = json.loads((out / "model/model.json").read_text())
+    assert (card["plan"]["unit"], card["spent"]["unit"]) == ("subject", "subject")
+    assert run(["report", str(out), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "add/remove one subject" in page
+    assert "One subject (a subject_id with all its images" in page
+    assert "30 subjects as published" in page
+    # Nobody is at two sites, and pictures of nobody are at none.
+    rows = [np.load(p).tolist() for p in sorted((tmp_path / "run-sites").glob("site-*/indices.npy"))]
+    assert sorted(row for of_site in rows for row in of_site) == list(range(4, 90))
+    people = [{row % 30 for row in of_site} for of_site in rows]
+    assert [len(of_site) for of_site in people] == [15, 15]
+    assert not people[0] & people[1]
+
+
+def test_subjects_are_counted_where_they_are_the_unit(
+    of_people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulations.cli._train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    given = ["simulate", "--data", str(of_people), "--delta", "1e-3", "--rounds", "3", "--set", "data.image-size=8"]
+    given += ["--set", "discriminator.name=toy"]
+    assert run([*given, *BY_SUBJECT, "--sites", "2", "--out", str(tmp_path / "a")]) == 130
+    assert "published subjects of all sites: 30, rounded" in capsys.readouterr().err
+    published = ["--set", "federation.published-records=90", "--set", "privacy.sampling-rate=0.5"]
+    assert run([*given, *BY_SUBJECT, *published, "--out", str(tmp_path / "b")]) == 4
+    assert "too few subjects for the plan: 30 are there, it is made for 90" in capsys.readouterr().err
+
+
+def test_data_without_subjects_are_refused_where_they_are_the_unit(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(places, tmp_path / "a", *BY_SUBJECT)) == 4
+    assert "error: data has no column 'subject_id', and the privacy unit is the subject" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
 
 
 def test_damaged_rows_are_named_and_counted(

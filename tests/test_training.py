@@ -162,7 +162,7 @@ def test_a_wrong_prompt_is_public_and_never_the_records_own_caption() -> None:
 def test_every_other_public_prompt_is_drawn_as_wrong_equally_often() -> None:
     bench = Bench(settings(**{"privacy.sampling-rate": 1.0}), data=dataset(3000, captions=["a red square"]))
     batch = draw_batch(bench.discriminator, bench.records, labels=(1, 0), **bench.keywords())
-    counts = [int((batch.wrong_prompts == e).all(dim=1).sum()) for e in bench.prompt_embeddings]
+    counts = [int((batch.wrong_prompts == e).all(dim=-1).sum()) for e in bench.prompt_embeddings]
     assert counts[0] == 0
     # Binomial(3000, 1/3): 1000 +- 5 deviations of 25.8; false alarm below 2e-6.
     assert all(abs(count - 1000) < 130 for count in counts[1:])
@@ -178,7 +178,7 @@ def test_a_near_wrong_prompt_is_among_those_nearest_to_the_caption() -> None:
                 zip(PROMPTS.texts[1:], bench.prompt_embeddings[1:], strict=True)}  # fmt: skip
     allowed = sorted(likeness, key=likeness.__getitem__)[-2:]
     places = [PROMPTS.texts.index(text) for text in allowed]
-    counts = [int((batch.wrong_prompts == bench.prompt_embeddings[place]).all(dim=1).sum()) for place in places]
+    counts = [int((batch.wrong_prompts == bench.prompt_embeddings[place]).all(dim=-1).sum()) for place in places]
     assert sum(counts) == 200
     assert min(counts) > 50
 

@@ -8,6 +8,8 @@ Nothing here is fitted on the data (PRIVACY rule 17), and nothing prints a capti
 from shared.data.augmentation import augment
 from shared.data.dataset import READERS, ImageCaptionDataset, open_dataset
 from shared.data.preprocessing import pipeline_fingerprint
-from shared.data.source import SkippedRow
+from shared.data.source import SUBJECT_ID, SkippedRow
 
-__all__ = ["READERS", "ImageCaptionDataset", "SkippedRow", "augment", "open_dataset", "pipeline_fingerprint"]
+__all__ = [
+    "READERS", "SUBJECT_ID", "ImageCaptionDataset", "SkippedRow", "augment", "open_dataset", "pipeline_fingerprint",
+]  # fmt: skip

@@ -1,7 +1,8 @@
 """Layout "arrays": one `.npz` with `x_train`, `y_train` and `class_names` (and `x_test`, `y_test` for that split).
 
-The caption is the template below with the class name, the attribute `class` is the name alone. Rows are counted from
-0, as indices are. Nothing pickled is loaded.
+The caption is the template below with the class name, the attribute `class` is the name alone. An array `subject_id`,
+one string or whole number for each row of the split "train", becomes the attribute of that name. Rows are counted
+from 0, as indices are. Nothing pickled is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from shared.config import DataConfig
 from shared.data.captions import clean_caption
-from shared.data.source import Reader, SkippedRow, Source, SourceRecord, Split, UnusableRow
+from shared.data.source import SUBJECT_ID, Reader, SkippedRow, Source, SourceRecord, Split, UnusableRow
 from shared.errors import DataError
 
 TEMPLATE = "a photo of a {name}"
@@ -41,6 +42,7 @@ def read(path: Path, config: DataConfig, split: Split) -> Source:
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(f"{path}: y_{split} is not one whole number a row")
     captions = [_caption(str(name), config) for name in names]
+    subjects = _subjects(path, len(labels)) if split == "train" else None
     records: list[SourceRecord] = []
     skipped: list[SkippedRow] = []
     for row, label in enumerate(labels.tolist()):
@@ -48,7 +50,10 @@ def read(path: Path, config: DataConfig, split: Split) -> Source:
         if caption is None:
             skipped.append(SkippedRow(path.name, row, "its label has no class name"))
         else:
-            records.append(SourceRecord(path.name, (row,), (caption,), {ATTRIBUTE: str(names[label])}))
+            attributes = {ATTRIBUTE: str(names[label])}
+            if subjects is not None:
+                attributes[SUBJECT_ID] = subjects[row]
+            records.append(SourceRecord(path.name, (row,), (caption,), attributes))
 
     @cache
     def pictures() -> np.ndarray:
@@ -66,6 +71,20 @@ def read(path: Path, config: DataConfig, split: Split) -> Source:
         name=path.name, home=path.parent, files=(os.path.realpath(path),), part=split, records=records,
         load=lambda place: pictures()[records[place].rows[0]], skipped=skipped,
     )  # fmt: skip
+
+
+def _subjects(path: Path, count: int) -> list[str] | None:
+    """The subject of each row, "" for none; `None` where the file names no subjects at all."""
+    with np.load(path, allow_pickle=False) as archive:
+        if SUBJECT_ID not in archive.files:
+            return None
+    subjects = _array(path, SUBJECT_ID)
+    if subjects.shape != (count,) or subjects.dtype.kind not in "Uiu":
+        raise DataError(
+            f"{path}: {SUBJECT_ID} is {subjects.dtype} of shape {subjects.shape}",
+            hint=f"it must be one string or whole number for each of the {count} rows",
+        )
+    return [str(subject).strip() for subject in subjects]
 
 
 def _caption(name: str, config: DataConfig) -> str | None:

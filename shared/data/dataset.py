@@ -16,7 +16,7 @@ import numpy as np
 
 from shared.config import DataConfig
 from shared.data.cache import prepared_pixels
-from shared.data.source import Reader, SkippedRow, SourceRecord, Split
+from shared.data.source import SUBJECT_ID, Reader, SkippedRow, SourceRecord, Split
 from shared.errors import DataError
 from shared.registry import Registry
 
@@ -54,6 +54,19 @@ class ImageCaptionDataset:
 
     def __repr__(self) -> str:
         return f"ImageCaptionDataset({self.name!r}, {len(self)} records, {len(self.skipped)} rows skipped)"
+
+    def subjects(self) -> list[str]:
+        """The subject of each record; "" where its row names none: such a record belongs to no one.
+
+        Raises:
+            DataError: the data set does not say whose the images are.
+        """
+        if SUBJECT_ID not in self.attributes:
+            raise DataError(
+                f"{self.name} has no column '{SUBJECT_ID}', and the privacy unit is the subject",
+                hint="add it, one name or number for each person, or set privacy.unit = 'example'",
+            )
+        return self.attributes[SUBJECT_ID]
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of skipped rows for each reason, the most frequent first."""

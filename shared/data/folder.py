@@ -2,7 +2,8 @@
 
 `file_name` is a path inside the folder or inside its `images/`; the folder itself is looked at first. Columns besides
 `file_name` and `text` become attributes. Rows that name the same image are one record with several captions, whose
-attributes are those of its first row.
+attributes are those of its first row; two rows that give one image to two subjects make the data set unusable, since
+then neither subject could be added or removed alone.
 A name that leads outside the folder, by `..`, from the root or through a link, is not followed; `images` itself
 may be a link.
 """
@@ -20,7 +21,7 @@ from shared.config import DataConfig
 from shared.data.captions import clean_caption
 from shared.data.captions_table import FILE_NAME, TEXT, read_rows
 from shared.data.decoding import MAX_FILE_BYTES, decode_image
-from shared.data.source import Reader, SkippedRow, Source, SourceRecord, Split, UnusableRow
+from shared.data.source import SUBJECT_ID, Reader, SkippedRow, Source, SourceRecord, Split, UnusableRow
 from shared.errors import DataError
 
 CAPTIONS = ("captions.csv", "captions.tsv", "captions.jsonl")
@@ -35,7 +36,8 @@ def read(path: Path, config: DataConfig, split: Split) -> Source:
     """Lists the records; images are only looked up, not read.
 
     Raises:
-        DataError: two captions files, or one that is wrong as a whole, or a split other than "train".
+        DataError: two captions files, or one that is wrong as a whole, or an image of two subjects, or a split
+            other than "train".
     """
     if split != "train":
         raise DataError(f"{path} is a folder and has no '{split}' split", hint="name the folder that holds it")
@@ -64,6 +66,11 @@ def _list_records(path: Path, table: str, config: DataConfig) -> Source:
         known = records.get(image)
         if known is None:
             records[image] = SourceRecord(name, (row,), (caption,), attributes)
+        elif len({known.attributes.get(SUBJECT_ID), attributes.get(SUBJECT_ID)} - {"", None}) > 1:
+            raise DataError(
+                f"{path / table}: rows {known.rows[0]} and {row} give one image to two subjects",
+                hint="an image belongs to one subject: mend one of the rows, or remove them",
+            )
         else:
             records[image] = SourceRecord(known.file, (*known.rows, row), (*known.captions, caption), known.attributes)
     files = tuple(records)

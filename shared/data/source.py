@@ -1,6 +1,7 @@
 """What a reader hands over: which records a data set holds, and how to get at the picture of each.
 
-A record is an image with all its captions: the privacy unit. Rows that name one image are one record.
+A record is an image with all its captions. Rows that name one image are one record. Where the privacy unit is the
+subject, the column `subject_id` says whose image it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from shared.config import DataConfig
 
 Split = Literal["train", "test"]
+
+SUBJECT_ID = "subject_id"  # the column, or array, that names the subject of a record
 
 
 class SkippedRow(NamedTuple):

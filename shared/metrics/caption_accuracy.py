@@ -14,18 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shared.data import SUBJECT_ID, ImageCaptionDataset
 from shared.errors import DataError
 from shared.rundir import write_whole
-
-if TYPE_CHECKING:
-    from shared.data import ImageCaptionDataset
 
 VERSION = 2  # of the classifier: a change of anything below that changes its weights
 HELD_OUT = 5  # every fifth reference picture is kept for judging the classifier
@@ -95,6 +93,7 @@ class CaptionAccuracy:
             name: sorted(counts)
             for name, counts in ((name, Counter(column)) for name, column in reference.attributes.items())
             if 1 < len(counts) <= MOST_VALUES and min(counts.values()) >= LEAST_PICTURES and "" not in counts
+            and name != SUBJECT_ID  # whose a picture is: no prompt asks for that
         }
         if not values:
             raise DataError(

@@ -50,7 +50,7 @@ class EpsilonReport:
         prv, pld, rdp: upper bounds on epsilon by each accountant; infinite without privacy.
         delta: of (epsilon, delta).
         steps: the subsampled steps that are priced; a table may answer for a few more than were asked.
-        unit: what is added or removed ("example": an image with all its captions).
+        unit: what is added or removed ("example": an image with all its captions; "subject": all images of one).
         fallback: empty, or which accountant failed and which looser bound stands in its place.
     """
 
