@@ -44,7 +44,7 @@ PLACES = {
     "cryptography": {"shared.privacy"},
     "cv2": {"shared.data", "simulations.shapes"},
     "transformers": {"shared.text"},
-    "matplotlib": {"server.report", "server.sheet"},
+    "matplotlib": {"server.plan_cli", "server.report", "server.sheet"},
     "pydantic": {"shared.config", "client.site"},
     "safetensors": {"shared.rundir", "shared.metrics"},
 }
