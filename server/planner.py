@@ -204,7 +204,7 @@ def outlook(config: RunConfig, *, ceiling: float | None = None, rate_is_free: bo
         message = f"the run reserves epsilon {reserved.epsilon:.3g}, above the ceiling {ceiling:g}: every site refuses"
         warnings.append(Warned("ceiling", message))
         allowed = config.replaced({"privacy.target-epsilon": ceiling})
-    proposals = _proposals(allowed, rate_is_free=rate_is_free, ceiling=ceiling) if warnings else []
+    proposals = better_plans(allowed, rate_is_free=rate_is_free, ceiling=ceiling) if warnings else []
     return Outlook(
         config, plan, curve, reserved, config.privacy.target_epsilon if ceiling is None else ceiling, noise, trusted,
         _rounds_that_pass(config), warnings, [Proposal(_difference(config, better), better) for better in proposals],
@@ -330,8 +330,8 @@ def _crossing(at: Callable[[float], RunConfig], failing: float, passing: float) 
         step = min(max(-2.2 * here, 0.1), abs(end - passes))
         there = passes + direction * step if step < abs(end - passes) else end
         if (beyond := excess(there)) > 0:
-            root = float(optimize.brentq(excess, passes, there, xtol=1e-3))
-            return math.exp(root - direction * 1e-3)
+            root = float(optimize.brentq(excess, passes, there, xtol=3e-3))
+            return math.exp(root - direction * 3e-3)
         passes, here = there, beyond
     return failing
 
@@ -360,7 +360,7 @@ def _best_rounds(config: RunConfig) -> int:
     return max(FEWEST_ROUNDS, round(balanced))
 
 
-def _proposals(config: RunConfig, *, rate_is_free: bool, ceiling: float | None) -> list[RunConfig]:
+def better_plans(config: RunConfig, *, rate_is_free: bool, ceiling: float | None) -> list[RunConfig]:
     """The smallest changes that pass: of what costs only time, or else of what costs data or privacy."""
     if _passes(config):
         return [config]
