@@ -196,7 +196,7 @@ def _lines(found: Outlook, commands: list[str], *, rate_is_free: bool) -> Iterat
     chosen = ": proposed, a quarter of the records but at most 2,048 a step" if rate_is_free else ""
     yield from _fact("sampling rate q", f"{plan.sampling_rate:.4g}{chosen}")
     batch = plan.expected_batch_size
-    yield from _fact("records a step", f"{batch:,.0f} over all sites, {batch / plan.sites:,.4g} a site, on average")
+    yield from _fact("records a step", f"{batch:,.0f} over all sites, {_short(batch / plan.sites)} a site, on average")
     yield ""
     yield from _epsilon_table(found)
     yield ""
@@ -301,7 +301,7 @@ def _fact(name: str, text: str) -> Iterator[str]:
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _counted(count: int, noun: str) -> str:
@@ -340,7 +340,7 @@ def _figure(found: Outlook) -> bytes:
         axes.grid(alpha=0.3)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
+        figure.legend(frameon=False, loc="outside lower center", ncols=3)
         buffer = io.BytesIO()
         cast(Any, FigureCanvasAgg(figure)).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
