@@ -39,6 +39,7 @@ class LazyCommand:
 
 COMMANDS = {
     "simulate": LazyCommand("simulations.cli:simulate", "train a private federation on this machine, sites and all"),
+    "plan": LazyCommand("server.plan_cli:plan", "before anyone joins: what a run costs, whether it can learn"),
     "generate": LazyCommand("server.cli:generate", "pictures from prompts, by the model of a finished run"),
     "report": LazyCommand("server.cli:report", "one HTML file about a run: curves, samples, epsilon"),
 }

@@ -44,7 +44,7 @@ PLACES = {
     "cryptography": {"shared.privacy"},
     "cv2": {"shared.data", "simulations.shapes"},
     "transformers": {"shared.text"},
-    "matplotlib": {"server.report", "server.sheet"},
+    "matplotlib": {"server.report", "server.sheet", "server.plan_cli"},
     "pydantic": {"shared.config", "client.site", "client.policy"},
     "safetensors": {"shared.rundir", "shared.metrics"},
 }
