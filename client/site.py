@@ -18,6 +18,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -33,7 +34,15 @@ from torch import Tensor
 from client.account import ProposedRun, SiteAccount
 from client.gate import Release, build
 from client.policy import SitePolicy
-from client.training import PrivateRecords, load_weights, prepare_records, site_gradient, site_moments, site_update
+from client.training import (
+    PrivateRecords,
+    StepFigures,
+    load_weights,
+    prepare_records,
+    site_gradient,
+    site_moments,
+    site_update,
+)
 from shared.config import RunConfig, Section, read_toml
 from shared.data import open_dataset
 from shared.errors import (
@@ -218,7 +227,8 @@ class Site:
             nonce=self.entropy.rng("head", run_id, account.ledger.runs[run_id].charges).bytes(16),
             again=self.entropy.simulated,
         )  # fmt: skip
-        payload = self._payload(instruction, public, records)
+        figures: list[StepFigures] = []
+        payload = self._payload(instruction, public, records, rows_cap=run.terms.rows_cap, tell=figures.append)
         reply = self._leave(Release(instruction, payload, charge.head, length))
         account.store_reply(instruction, reply.envelope)
         account.ledger.commit(
@@ -226,7 +236,7 @@ class Site:
             fields=[["payload", "int64", [length]], ["head", "uint8", [32]]],
         )  # fmt: skip
         self.log(
-            f"run {run_id} round {instruction.server_round}: answered in {time.monotonic() - began:.2f} s,"
+            f"run {run_id} round {instruction.server_round}: {_of_steps(figures)} in {time.monotonic() - began:.2f} s,"
             f" epsilon {charge.epsilon_before:.4g} -> {charge.epsilon_after:.4g} of {run.price.epsilon:.4g} reserved"
         )
         return reply
@@ -301,7 +311,10 @@ class Site:
                 f"run {instruction.run_id} is {proposed.decision}: `fedcanvas client runs` shows what it asks for",
             )
 
-    def _payload(self, instruction: RoundInstruction, public: PublicSide, records: PrivateRecords) -> np.ndarray:
+    def _payload(
+        self, instruction: RoundInstruction, public: PublicSide, records: PrivateRecords, *, rows_cap: int | None,
+        tell: Callable[[StepFigures], None],
+    ) -> np.ndarray:  # fmt: skip
         """Clipped, noised and in lattice units: nothing before this line may leave."""
         load_weights(public.discriminator, instruction.weights)
         if instruction.kind == "moments":
@@ -313,12 +326,12 @@ class Site:
             return site_gradient(
                 public.discriminator, records, config=public.config, plan=public.plan, prompts=public.prompts,
                 prompt_embeddings=public.prompt_embeddings, entropy=self.entropy,
-                server_round=instruction.server_round,
+                server_round=instruction.server_round, rows_cap=rows_cap, tell=tell,
             )  # fmt: skip
         return site_update(
             public.discriminator, records, instruction.fakes, config=public.config, plan=public.plan,
             prompts=public.prompts, prompt_embeddings=public.prompt_embeddings, entropy=self.entropy,
-            server_round=instruction.server_round,
+            server_round=instruction.server_round, rows_cap=rows_cap, tell=tell,
         )  # fmt: skip
 
     def _open_public(self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan) -> PublicSide:
@@ -349,6 +362,13 @@ class Site:
                 dataset, self._own_rows(len(dataset)), config=public.config, encoder=public.encoder,
                 discriminator=public.discriminator,
             )  # fmt: skip
+            published = self.config.published_records
+            if published is not None and self._records.units > published:
+                self._records = None
+                raise DataError(
+                    f"{self.folder / SETTINGS} publishes {published} units and there are more",
+                    hint="raise 'published-records': the work of a step is padded by it",
+                )
             self.log(f"{len(self._records)} records are ready; {len(dataset.skipped)} rows were skipped")
             if self._records.without_subject:
                 self.log(f"{self._records.without_subject} records name no subject and are not used")
@@ -500,6 +520,13 @@ def note_refusal(folder: Path, code: RefusalCode, run: str, server_round: int) -
         descriptor = os.open(folder / REFUSALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _of_steps(figures: Sequence[StepFigures]) -> str:
+    """The first and the last step of a round, in words; the moments have no steps."""
+    if not figures:
+        return "moments"
+    return str(figures[0]) if len(figures) == 1 else f"{len(figures)} steps, first {figures[0]}; last {figures[-1]}"
 
 
 def _sha256(content: bytes) -> str:

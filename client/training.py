@@ -7,7 +7,8 @@ Not here: whether the site answers at all (`client.site`), and what a reply may 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,6 +51,25 @@ class PrivateBatch:
     def conditioning(self) -> Tensor:
         """`(B, 2 M, E)`: of each image its caption, then its wrong prompt."""
         return torch.stack([self.captions, self.wrong_prompts], dim=2).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step was like, not noised: for the site's own log and for nobody else."""
+
+    drawn: int
+    loss: float
+    clipped: float  # part of the units whose gradient was longer than the clipping norm
+    median_norm: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.drawn} drawn, loss {self.loss:.3f}, {self.clipped:.0%} clipped, median norm {self.median_norm:.3g}"
+        )
+
+
+def _tell_nobody(figures: StepFigures) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -124,31 +144,46 @@ def _by_subject(dataset: ImageCaptionDataset, indices: np.ndarray) -> tuple[np.n
 def site_gradient(
     discriminator: Discriminator, records: PrivateRecords,
     *, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, prompt_embeddings: Tensor, entropy: Entropy,
-    server_round: int, local_step: int = 0,
+    server_round: int, local_step: int = 0, rows_cap: int | None = None,
+    tell: Callable[[StepFigures], None] = _tell_nobody,
 ) -> np.ndarray:  # fmt: skip
     """One DP-SGD step's noised gradient sum of the real term.
 
+    Args:
+        rows_cap: public number of units that the work is padded to; a larger draw is cut at random, and its
+            probability is part of delta (PRIVACY rule 15).
+        tell: takes the step's private figures for the site's own log.
     Returns:
         `(num_parameters,)` int64 in units of `plan.lattice`. An empty draw is pure noise and counts as a step.
     """
     batch = draw_batch(
         discriminator, records, config=config, plan=plan, prompts=prompts, prompt_embeddings=prompt_embeddings,
-        entropy=entropy, labels=(server_round, local_step),
+        entropy=entropy, labels=(server_round, local_step), most=rows_cap,
     )  # fmt: skip
     loss = real_record_loss(
         build_loss(config.discriminator), wrong_prompt_weight=config.discriminator.wrong_prompt_weight
     )
     clipped = clipped_gradient_sum(
         discriminator, batch.features, batch.conditioning, loss,
-        clipping_norm=plan.clipping_norm, kernel=config.privacy.kernel,
+        clipping_norm=plan.clipping_norm, kernel=config.privacy.kernel, padded_to=rows_cap,
     )  # fmt: skip
+    if tell is not _tell_nobody:
+        norms = clipped.norms
+        tell(
+            StepFigures(
+                drawn=len(norms),
+                loss=float(loss(clipped.logits).mean()) if len(norms) else math.nan,
+                clipped=float((norms > plan.clipping_norm).float().mean()) if len(norms) else math.nan,
+                median_norm=float(norms.median()) if len(norms) else math.nan,
+            )
+        )
     return noised_sum(clipped.total, plan=plan, entropy=entropy, labels=("noise", server_round, local_step))
 
 
 def site_update(
     discriminator: Discriminator, records: PrivateRecords, fakes: FakeBank,
     *, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, prompt_embeddings: Tensor, entropy: Entropy,
-    server_round: int,
+    server_round: int, rows_cap: int | None = None, tell: Callable[[StepFigures], None] = _tell_nobody,
 ) -> np.ndarray:  # fmt: skip
     """`local-steps` noised steps with a fresh optimizer against a bank of fakes; every step is charged.
 
@@ -168,7 +203,7 @@ def site_update(
     for local_step in range(config.federation.local_steps):
         noised = site_gradient(
             discriminator, records, config=config, plan=plan, prompts=prompts, prompt_embeddings=prompt_embeddings,
-            entropy=entropy, server_round=server_round, local_step=local_step,
+            entropy=entropy, server_round=server_round, local_step=local_step, rows_cap=rows_cap, tell=tell,
         )  # fmt: skip
         start = local_step * share % len(features)
         part = slice(start, start + share)
@@ -206,10 +241,12 @@ def site_moments(
 def draw_batch(
     discriminator: Discriminator, records: PrivateRecords,
     *, config: RunConfig, plan: PrivacyPlan, prompts: PromptPool, prompt_embeddings: Tensor, entropy: Entropy,
-    labels: tuple[int, int],
+    labels: tuple[int, int], most: int | None = None,
 ) -> PrivateBatch:  # fmt: skip
     """A Poisson draw of units: M images of each with their views, one caption and one wrong public prompt each."""
     units = entropy.poisson_draw(records.units, plan.sampling_rate, "draw", *labels)
+    if most is not None and len(units) > most:
+        units = np.sort(entropy.rng("cut", *labels).permutation(units)[:most])
     if records.subject_rows is None:
         slots = units[:, None]  # (B, M): an example is its one image
     else:

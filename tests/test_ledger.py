@@ -20,7 +20,7 @@ from dp_accounting.pld import PLDAccountant
 
 from shared.errors import BudgetExhausted, LedgerError
 from shared.privacy.accounting import Spent, composed_epsilon
-from shared.privacy.budget import Lifetime, Price, as_spent, price_run
+from shared.privacy.budget import Lifetime, Price, as_spent, price_run, query_plan
 from shared.privacy.ledger import Ledger, Lineage, RunTerms
 from shared.privacy.plan import PrivacyPlan
 
@@ -178,6 +178,25 @@ def test_an_unsampled_release_is_made_once(ledger: Ledger) -> None:
             ledger.charge(
                 "b", server_round=0, attempt=1, release="moments", steps=0, instruction_digest="a" * 64, nonce=bytes(16)
             )
+
+
+def test_a_charged_evaluation_is_a_run_of_one_unsampled_release(ledger: Ledger) -> None:
+    plan = query_plan(noise_multiplier=9.0, sensitivity=0.5, delta=1e-6, unit="example")
+    with ledger.locked():
+        account = ledger.reserve(terms_of("accuracy", plan), price_run(plan, LIFETIME))
+        ledger.charge(
+            "accuracy", server_round=0, attempt=1, release="query", steps=0, instruction_digest="a" * 64, nonce=bytes(16)
+        )
+        with pytest.raises(BudgetExhausted, match="begun once"):
+            ledger.charge(
+                "accuracy", server_round=0, attempt=2, release="query", steps=0, instruction_digest="a" * 64,
+                nonce=bytes(16),
+            )  # fmt: skip
+    pld = PLDAccountant()
+    pld.compose(GaussianDpEvent(9.0))
+    assert account.epsilon_spent == pytest.approx(pld.get_epsilon(account.price.delta), abs=2e-3)
+    charge = lines(ledger.folder)[-1]
+    assert (charge["mechanism"], charge["noise_multiplier"], charge["clipping_norm"]) == ("gaussian", 9.0, 0.5)
 
 
 def test_the_lineage_s_ceiling_is_moved_by_an_entry_that_says_why(ledger: Ledger) -> None:

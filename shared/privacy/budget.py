@@ -117,6 +117,15 @@ def price_run(plan: PrivacyPlan, lifetime: Lifetime, *, overflow_share: float = 
     return Price(reports[-1].epsilon, delta, renyi, rows)
 
 
+def query_plan(*, noise_multiplier: float, sensitivity: float, delta: float, unit: str) -> PrivacyPlan:
+    """A run that is one noised answer about all records: an unsampled Gaussian release, reserved like any run."""
+    return PrivacyPlan(
+        private=True, noise_multiplier=noise_multiplier, sampling_rate=1.0, clipping_norm=sensitivity,
+        expected_batch_size=0.0, steps=0, reserved_steps=0, delta=delta,
+        warm_start_noise_multiplier=noise_multiplier, unit=unit, sites=1,
+    )  # fmt: skip
+
+
 def as_spent(plan: PrivacyPlan, steps: int, *, unsampled: bool = True) -> Spent:
     return Spent(
         plan.sampling_rate, plan.noise_multiplier, steps, plan.warm_start_noise_multiplier if unsampled else None

@@ -316,7 +316,7 @@ class Ledger:
             mechanism=MECHANISMS[plan.private] if release not in UNSAMPLED else "gaussian",
             sampling_rate=1.0 if release in UNSAMPLED else plan.sampling_rate,
             noise_multiplier=plan.warm_start_noise_multiplier if release in UNSAMPLED else plan.noise_multiplier,
-            clipping_norm=1.0 if release in UNSAMPLED else plan.clipping_norm, steps=steps, unit=plan.unit,
+            clipping_norm=1.0 if release == "moments" else plan.clipping_norm, steps=steps, unit=plan.unit,
             adjacency=ADJACENCY, code_digest=account.terms.code_digest, config_digest=account.terms.config_digest,
             instruction_digest=instruction_digest, nonce=nonce.hex(),
         )  # fmt: skip
