@@ -185,8 +185,9 @@ def test_a_charged_evaluation_is_a_run_of_one_unsampled_release(ledger: Ledger) 
     with ledger.locked():
         account = ledger.reserve(terms_of("accuracy", plan), price_run(plan, LIFETIME))
         ledger.charge(
-            "accuracy", server_round=0, attempt=1, release="query", steps=0, instruction_digest="a" * 64, nonce=bytes(16)
-        )
+            "accuracy", server_round=0, attempt=1, release="query", steps=0, instruction_digest="a" * 64,
+            nonce=bytes(16),
+        )  # fmt: skip
         with pytest.raises(BudgetExhausted, match="begun once"):
             ledger.charge(
                 "accuracy", server_round=0, attempt=2, release="query", steps=0, instruction_digest="a" * 64,
