@@ -59,14 +59,15 @@ def clipped_moment_sum(features: Tensor, captions: Tensor) -> Tensor:
     of_features = torch.zeros(size, columns, dtype=torch.float64)
     of_text = torch.zeros(columns, columns, dtype=torch.float64)
     for start in range(0, len(features), ROWS):
-        f = pooled_features(features[start : start + ROWS].float()).cpu() / scale
-        t = torch.cat([torch.ones(len(f), 1), captions[start : start + ROWS].float().cpu()], dim=1)
+        # float64 throughout: rounding depends on the other records and is charged (`shared.privacy.arithmetic`).
+        f = pooled_features(features[start : start + ROWS].double()).cpu() / scale
+        t = torch.cat([f.new_ones(len(f), 1), captions[start : start + ROWS].double().cpu()], dim=1)
         text = t.square().sum(dim=1)
         norms = (text * f.square().sum(dim=1) + (rho / scale * text).square()).sqrt()
         factors = torch.where(norms.isfinite(), (CLIPPING_NORM / norms.clamp(min=1e-12)).clamp(max=1), 0)
         f, t = f.nan_to_num(0, 0, 0), t.nan_to_num(0, 0, 0)
-        of_features += (f.t() @ (factors[:, None] * t)).double()
-        of_text += rho / scale * (t.t() @ (factors[:, None] * t)).double()
+        of_features += f.t() @ (factors[:, None] * t)
+        of_text += rho / scale * (t.t() @ (factors[:, None] * t))
     return torch.cat([of_features.reshape(-1), of_text.reshape(-1)])
 
 
