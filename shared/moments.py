@@ -66,8 +66,8 @@ def clipped_moment_sum(features: Tensor, captions: Tensor) -> Tensor:
         norms = (text * f.square().sum(dim=1) + (rho / scale * text).square()).sqrt()
         factors = torch.where(norms.isfinite(), (CLIPPING_NORM / norms.clamp(min=1e-12)).clamp(max=1), 0)
         f, t = f.nan_to_num(0, 0, 0), t.nan_to_num(0, 0, 0)
-        of_features += (f.t() @ (factors[:, None] * t)).double()
-        of_text += rho / scale * (t.t() @ (factors[:, None] * t)).double()
+        of_features += f.t() @ (factors[:, None] * t)
+        of_text += rho / scale * (t.t() @ (factors[:, None] * t))
     return torch.cat([of_features.reshape(-1), of_text.reshape(-1)])
 
 
@@ -91,7 +91,7 @@ def clipped_subject_moment_sum(features: Tensor, captions: Tensor, subject_rows:
         for start in range(0, len(rows), ROWS):
             part = torch.from_numpy(rows[start : start + ROWS])
             f, t = _vector_factors(features[part], captions[part], scale)
-            mean += torch.cat([(f.t() @ t).reshape(-1), (rho / scale * (t.t() @ t)).reshape(-1)]).double() / len(rows)
+            mean += torch.cat([(f.t() @ t).reshape(-1), (rho / scale * (t.t() @ t)).reshape(-1)]) / len(rows)
         # The norm of what is added, as rounded: images that cancel out leave a mean that no formula knows as well.
         norm = float(mean.norm())
         if math.isfinite(norm):
@@ -138,9 +138,12 @@ class MomentFit:
 
 
 def _vector_factors(features: Tensor, captions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """f `(B, F)`, scaled, and t `(B, E + 1)`: the vectors of B records are their outer products."""
-    f = pooled_features(features.float()).cpu() / scale
-    return f, torch.cat([torch.ones(len(f), 1), captions.float().cpu()], dim=1)
+    """f `(B, F)`, scaled, and t `(B, E + 1)`: the vectors of B records are their outer products.
+
+    float64 throughout: how sums are rounded depends on the other records, and is charged (`shared.privacy.arithmetic`).
+    """
+    f = pooled_features(features.double()).cpu() / scale
+    return f, torch.cat([f.new_ones(len(f), 1), captions.double().cpu()], dim=1)
 
 
 def _feature_count(feature_shape: tuple[int, ...]) -> int:

@@ -19,14 +19,13 @@ CLIP = 0.5
 CASES = {"front": (28, 1), "conv": (28, 3), "toy": (8, 3)}
 
 
-def build(name: str, *, loss: str = "non-saturating") -> Discriminator:
+def build(name: str, *, width: int = 4, hidden: int = 8) -> Discriminator:
     size, channels = CASES[name]
     config = RunConfig.from_flat(
         {
             "privacy.delta": 1e-5, "privacy.sampling-rate": 0.1, "federation.published-records": 1000,
             "data.image-size": size, "data.channels": channels,
-            "discriminator.name": name, "discriminator.width": 4, "discriminator.hidden": 8,
-            "discriminator.loss": loss,
+            "discriminator.name": name, "discriminator.width": width, "discriminator.hidden": hidden,
         }
     )  # fmt: skip
     return build_discriminator(config, embedding_dim=EMBEDDING)
@@ -98,8 +97,7 @@ def test_a_neighbour_moves_the_sum_by_at_most_the_clipping_norm(name: str) -> No
         without = clipped_gradient_sum(
             discriminator, features[:-1], conditioning[:-1], record_loss, clipping_norm=CLIP
         ).total
-        # 1e-5: single precision in the sum; the plan's sensitivity holds room for it.
-        assert (whole - without).norm() <= CLIP * (1 + 1e-5)
+        assert (whole - without).norm() <= CLIP * (1 + 1e-9)  # eta is larger; a float32 sum would be as well
 
 
 @pytest.mark.parametrize("kernel", ["fused", "opacus"])

@@ -9,6 +9,7 @@ statistics (PRIVACY rule 4); `check_examples_independent` refuses a model that d
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -89,12 +90,21 @@ class Discriminator(nn.Module):
             maps = functional.leaky_relu(layer(rows), SLOPE).view(records * views, side, side, window.channels)
         if maps.shape[1] != self.pooled_side:
             # A star is a star wherever it lies: shared places cost a fraction of the parameters, so of the noise.
-            # Scaled so that the gradient keeps its size against the layers after it.
-            scale = maps.shape[1] / self.pooled_side
-            maps = functional.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), self.pooled_side) * scale
+            pooled = _pooling(maps.shape[1], self.pooled_side).to(maps) @ maps.flatten(1, 2)  # (B V, cells, C)
+            maps = pooled.transpose(1, 2)
         hidden = functional.leaky_relu(self.hidden(maps.reshape(records, views, -1)), SLOPE)  # (B, V, hidden)
         text = self.projection(conditioning)  # (B, P, hidden)
         return self.output(hidden) + PROJECTION_SCALE * torch.einsum("bvh,bph->bvp", hidden, text)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _pooling(side: int, pooled_side: int) -> Tensor:
+    """`(pooled_side**2, side**2)`: the mean of each cell's window, as a matrix, since its gradient then is cheap.
+
+    Scaled so that the gradient keeps its size against the layers after it.
+    """
+    cells = torch.eye(side * side, dtype=torch.float64).view(-1, 1, side, side)
+    return functional.adaptive_avg_pool2d(cells, pooled_side).flatten(1).t() * (side / pooled_side)
 
 
 def check_examples_independent(discriminator: Discriminator) -> None:

@@ -25,12 +25,10 @@ from shared.privacy.accounting import (
     estimated_epsilon,
     spent_epsilon,
 )
+from shared.privacy.arithmetic import ARITHMETIC_SLACK, LARGEST_SUM
 
 LARGEST_NOISE_MULTIPLIER = 1000.0
 SMALLEST_NOISE_MULTIPLIER = 0.2  # below it the accountants lose their footing, and no target epsilon needs it
-# Part of C by which float arithmetic may let a record move the clipped sum beyond C: norms and sums in
-# float32 over blocks of 64 records, relative rounding 2**-24 a term, thousands of terms.
-ARITHMETIC_SLACK = 2.0**-10
 LATTICE_BITS = 24
 
 _CALIBRATION = threading.Lock()
@@ -66,7 +64,7 @@ class PrivacyPlan:
         return 2.0 ** (math.floor(math.log2(self.clipping_norm)) - LATTICE_BITS)
 
     def sensitivity(self, num_parameters: int) -> float:
-        """How far one record moves a clipped sum on the lattice, L2: C (1 + eta), eta from the arithmetic.
+        """How far one record moves a clipped sum on the lattice, L2: C (1 + eta), eta of `arithmetic`, and the lattice.
 
         Rounding moves each of two neighbouring sums by at most half a spacing a coordinate.
         """
@@ -106,9 +104,16 @@ def make_plan(config: RunConfig) -> PrivacyPlan:
     """Derives the plan; a second or two where sigma is new to this process.
 
     Raises:
-        PrivacyError: delta is not below 1 / records of a site, or no sigma up to 1000 reaches the epsilon.
+        PrivacyError: delta is not below 1 / records of a site, no sigma up to 1000 reaches the epsilon, or a site
+            draws more records in a step than eta is derived for.
     """
     privacy, federation = config.privacy, config.federation
+    if config.expected_batch_size / federation.sites > LARGEST_SUM / 2:  # a draw is never twice its expectation
+        raise PrivacyError(
+            f"a site would draw {config.expected_batch_size / federation.sites:.0f} records in a step; the rounding of"
+            f" sums is bounded up to {LARGEST_SUM // 2}",
+            hint="lower privacy.sampling-rate, or spread the records over more sites",
+        )
     steps = federation.rounds * federation.local_steps
     reserved_steps = steps + privacy.retry_slack * federation.local_steps
     private = privacy.name == "dp-sgd"
