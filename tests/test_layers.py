@@ -188,6 +188,14 @@ def test_the_app_of_a_site_loads_no_server_code() -> None:
     assert "client.site" in loaded
 
 
+def test_nothing_at_a_site_measures_quality() -> None:
+    """PRIVACY rule 16: no code path from private data to a metric."""
+    loaded = loaded_after("import client.app")
+    assert not [name for name in loaded if name.startswith("shared.metrics")]
+    at_a_site = {name: set(imports(tree)) for name, tree in modules().items() if top(name) == "client"}
+    assert not [name for name, imported in at_a_site.items() if any(i.startswith("shared.metrics") for i in imported)]
+
+
 def test_the_command_line_loads_nothing_heavy_until_it_is_needed() -> None:
     loaded = loaded_after("import shared.cli")
     assert not {top(name) for name in loaded} & {"torch", "flwr", "opacus", "cv2", "transformers", "matplotlib", "ray"}
