@@ -194,6 +194,8 @@ class Site:
         ):  # fmt: skip
             raise SiteRefusal(RefusalCode.CONFIG, f"run {run_id} began with other settings or prompts")
         policy = SitePolicy.read(self.folder)
+        if run is not None and run.terms.code_digest != RELEASE_CODE and not self.simulated:
+            raise SiteRefusal(RefusalCode.RELEASE, f"run {run_id} began with the code {run.terms.code_digest}")
         if policy.code and RELEASE_CODE not in policy.code:
             raise SiteRefusal(RefusalCode.RELEASE, f"the policy does not allow the installed code {RELEASE_CODE}")
         plan = run.terms.plan if run is not None else _plan(config)
@@ -282,9 +284,15 @@ class Site:
                 RefusalCode.POLICY,
                 f"run {terms.run} costs epsilon {prices[0].epsilon:.4g}, a run may cost {policy.max_run_epsilon:g}",
             )
-        for ledger, price, lifetime in zip(account.ledgers, prices, lifetimes, strict=True):
+        # A crash may have left the run reserved in some ledgers of shared records; this one comes last.
+        open_ones = [
+            (ledger, price, lifetime)
+            for ledger, price, lifetime in zip(account.ledgers, prices, lifetimes, strict=True)
+            if terms.run not in ledger.runs
+        ]
+        for ledger, price, lifetime in open_ones:
             ledger.check_fits(terms, price, lifetime=lifetime)
-        for ledger, price, lifetime in reversed(list(zip(account.ledgers, prices, lifetimes, strict=True))):
+        for ledger, price, lifetime in reversed(open_ones):
             through = "" if ledger is account.ledger else account.lineage
             run = ledger.reserve(terms, price, lifetime=lifetime, through=through)
         self.log(
