@@ -284,6 +284,12 @@ class Site:
                 RefusalCode.POLICY,
                 f"run {terms.run} costs epsilon {prices[0].epsilon:.4g}, a run may cost {policy.max_run_epsilon:g}",
             )
+        for ledger in account.ledgers:
+            known = ledger.runs.get(terms.run)
+            if known is not None and (known.terms.config_digest, known.terms.plan) != (terms.config_digest, plan):
+                raise SiteRefusal(
+                    RefusalCode.SITE, f"lineage '{ledger.lineage.name}' knows run {terms.run} with other settings"
+                )
         # A crash may have left the run reserved in some ledgers of shared records; this one comes last.
         open_ones = [
             (ledger, price, lifetime)
