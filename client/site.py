@@ -198,8 +198,13 @@ class Site:
             raise SiteRefusal(RefusalCode.RELEASE, f"run {run_id} began with the code {run.terms.code_digest}")
         if policy.code and RELEASE_CODE not in policy.code:
             raise SiteRefusal(RefusalCode.RELEASE, f"the policy does not allow the installed code {RELEASE_CODE}")
-        plan = run.terms.plan if run is not None else _plan(config)
-        if violations := list(policy.violations(config, plan)):
+        plan = None if run is None else run.terms.plan
+        violations = list(policy.violations(config, plan))
+        if plan is None and not violations:
+            # Only now: the plan of a run that the policy forbids (a million rounds) may take hours to compute.
+            plan = _plan(config)
+            violations = list(policy.violations(config, plan))
+        if plan is None or violations:
             raise SiteRefusal(RefusalCode.POLICY, f"run {run_id} of {config.federation.name}: {'; '.join(violations)}")
         public = self._open_public(instruction, config, plan)
         parameters = parameter_count(public.discriminator)
