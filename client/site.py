@@ -46,6 +46,7 @@ from client.training import (
 from shared.config import RunConfig, Section, read_toml
 from shared.data import open_dataset
 from shared.errors import (
+    BudgetExhausted,
     ConfigError,
     DataError,
     FedCanvasError,
@@ -55,7 +56,7 @@ from shared.errors import (
 )
 from shared.models import Discriminator, build_discriminator, parameter_count
 from shared.moments import moment_size
-from shared.privacy.budget import Lifetime, Price, price_run
+from shared.privacy.budget import Lifetime, Price, fits, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms, write_note
 from shared.privacy.plan import PrivacyPlan, make_plan
@@ -216,6 +217,8 @@ class Site:
             run = self._reserve(instruction, config, plan, policy)
         elif run.closed is not None:
             raise SiteRefusal(RefusalCode.APPROVAL, f"run {run_id} was ended here: {run.closed}")
+        else:
+            self._check_admitted(instruction, config, policy, run)
         length = payload_length(instruction, public)
         if (envelope := account.stored_reply(instruction)) is not None:
             payload, head = unpack_envelope(envelope, length=length)
@@ -282,13 +285,7 @@ class Site:
             instruction.run_id, config.federation.name, instruction.config_digest, instruction.prompts_digest,
             RELEASE_CODE, plan, rows_cap,
         )  # fmt: skip
-        if policy.approve_each_run:
-            self._check_approval(instruction, config, plan, prices[0].epsilon, prices[0].delta)
-        if policy.max_run_epsilon is not None and prices[0].epsilon > policy.max_run_epsilon:
-            raise SiteRefusal(
-                RefusalCode.POLICY,
-                f"run {terms.run} costs epsilon {prices[0].epsilon:.4g}, a run may cost {policy.max_run_epsilon:g}",
-            )
+        self._check_consent(instruction, config, plan, policy, prices[0])
         for ledger in account.ledgers:
             known = ledger.runs.get(terms.run)
             if known is not None and (known.terms.config_digest, known.terms.plan) != (terms.config_digest, plan):
@@ -311,6 +308,31 @@ class Site:
             f" {prices[0].delta:.1e} reserved, {account.ledger.left} left"
         )
         return run
+
+    def _check_admitted(
+        self, instruction: RoundInstruction, config: RunConfig, policy: SitePolicy, run: RunAccount
+    ) -> None:
+        """Consent and ceiling of a run that is reserved already: perhaps by another site, whose policy is not ours."""
+        ledger = self.account.ledger
+        self._check_consent(instruction, config, run.terms.plan, policy, run.price)
+        before = [other.price for other in ledger.runs.values() if other.seq < run.seq]
+        if not fits(run.price, before, _lower(ledger.lineage.lifetime, policy)):
+            raise BudgetExhausted(
+                f"run {run.terms.run} is reserved, and passes the lifetime that this site's policy sets",
+                hint="the ceiling was lowered, or another site of this lineage has a higher one",
+            )
+
+    def _check_consent(
+        self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan, policy: SitePolicy, price: Price
+    ) -> None:
+        if policy.approve_each_run:
+            self._check_approval(instruction, config, plan, price.epsilon, price.delta)
+        if policy.max_run_epsilon is not None and price.epsilon > policy.max_run_epsilon:
+            raise SiteRefusal(
+                RefusalCode.POLICY,
+                f"run {instruction.run_id} costs epsilon {price.epsilon:.4g}, a run may cost"
+                f" {policy.max_run_epsilon:g}",
+            )
 
     def _check_approval(
         self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan, epsilon: float, delta: float
