@@ -238,7 +238,7 @@ class Site:
             again=self.entropy.simulated,
         )  # fmt: skip
         figures: list[StepFigures] = []
-        payload = self._payload(instruction, public, records, rows_cap=run.terms.rows_cap, tell=figures.append)
+        payload = self._payload(instruction, public, records, rows_cap=self._rows_cap(run), tell=figures.append)
         reply = self._leave(Release(instruction, payload, charge.head, length))
         account.store_reply(instruction, reply.envelope)
         account.ledger.commit(
@@ -250,6 +250,14 @@ class Site:
             f" epsilon {charge.epsilon_before:.4g} -> {charge.epsilon_after:.4g} of {run.price.epsilon:.4g} reserved"
         )
         return reply
+
+    def _rows_cap(self, run: RunAccount) -> int | None:
+        """Rows of the padded work: as reserved, or more where this site has published more units since, or is not
+        the site that reserved. Fewer would cut draws more often than the run's delta pays for.
+        """
+        if run.terms.rows_cap is None or self.config.published_records is None:
+            return run.terms.rows_cap
+        return max(run.terms.rows_cap, padded_rows(run.terms.plan, run.price, self.config.published_records))
 
     def _leave(self, release: Release) -> SiteReply:
         reply = build(release, site_id=self.site_id)
@@ -377,7 +385,8 @@ class Site:
 
     def _open_public(self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan) -> PublicSide:
         known = self._public
-        if known is not None and known.config == config and known.prompts.texts == instruction.prompts:
+        # The plan too: the noise is that of the plan which was reserved, whatever another run's plan is.
+        if known is not None and (known.config, known.plan, known.prompts.texts) == (config, plan, instruction.prompts):
             return known
         try:
             with _BUILDING:
