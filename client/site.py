@@ -67,6 +67,7 @@ from shared.tree import code_digest
 
 SETTINGS = "site.toml"
 LOG, REFUSALS = "site.log", "refusals.jsonl"
+MOST_PENDING = 100  # proposed runs that wait for a person; a server may think of new names for ever
 OVERFLOW_SHARE = 1e-3  # of a run's delta, for draws that are larger than the padded work
 RELEASE_CODE = code_digest(Path(__file__).resolve().parents[1])
 
@@ -348,6 +349,11 @@ class Site:
         proposed = self.account.proposed(instruction.run_id)
         asked_for = (instruction.config_digest, instruction.prompts_digest)
         if proposed is None or (proposed.config_digest, proposed.prompts_digest) != asked_for:
+            if proposed is None and self.account.pending >= MOST_PENDING:
+                raise SiteRefusal(
+                    RefusalCode.APPROVAL,
+                    f"run {instruction.run_id} is not noted: {MOST_PENDING} proposed runs wait for a decision already",
+                )
             proposed = ProposedRun(
                 instruction.run_id, config.federation.name, *asked_for, "pending",
                 run_summary(config, plan, len(instruction.prompts), epsilon, delta),
