@@ -108,6 +108,10 @@ class SiteAccount:
         found = [self.proposed(path.stem) for path in sorted((self.folder / RUNS).glob("*.json"))]
         return sorted((run for run in found if run is not None), key=lambda run: run.asked)
 
+    @property
+    def pending(self) -> int:
+        return sum(proposed.decision == "pending" for proposed in self.all_proposed())
+
     def write_proposed(self, proposed: ProposedRun) -> None:
         (self.folder / RUNS).mkdir(mode=0o700, exist_ok=True)
         path = self.folder / RUNS / f"{proposed.run}.json"

@@ -83,18 +83,22 @@ class SitePolicy(Section):
             lines += [f"# {key} =" if value is None else f"{key} = {_toml(value)}", ""]
         return "\n".join(lines)
 
-    def violations(self, config: RunConfig, plan: PrivacyPlan) -> Iterator[str]:
-        """In words, everything by which a run passes the limits; nothing here looks at a record."""
-        federation = config.federation
-        if not plan.private and not self.allow_no_privacy:
+    def violations(self, config: RunConfig, plan: PrivacyPlan | None) -> Iterator[str]:
+        """In words, everything by which a run passes the limits; nothing here looks at a record.
+
+        Args:
+            plan: `None` before there is one: only the noise multiplier is not looked at.
+        """
+        federation, private = config.federation, config.privacy.name != "none"
+        if not private and not self.allow_no_privacy:
             yield "it has no privacy (privacy.name = none)"
-        if plan.private and plan.noise_multiplier < self.min_noise_multiplier:
+        if plan is not None and private and plan.noise_multiplier < self.min_noise_multiplier:
             yield f"its noise multiplier {plan.noise_multiplier:g} is below {self.min_noise_multiplier:g}"
-        at_site = plan.expected_batch_size / plan.sites
+        at_site = config.expected_batch_size / federation.sites
         if at_site < self.min_expected_batch:
             yield f"it expects {at_site:.3g} units a step at a site, fewer than {self.min_expected_batch:g}"
-        if plan.sampling_rate > self.max_sampling_rate:
-            yield f"its sampling rate {plan.sampling_rate:g} is above {self.max_sampling_rate:g}"
+        if config.privacy.sampling_rate > self.max_sampling_rate:
+            yield f"its sampling rate {config.privacy.sampling_rate:g} is above {self.max_sampling_rate:g}"
         if federation.rounds > self.max_rounds:
             yield f"its {federation.rounds} rounds are more than {self.max_rounds}"
         if federation.local_steps > self.max_local_steps:

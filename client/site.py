@@ -46,6 +46,7 @@ from client.training import (
 from shared.config import RunConfig, Section, read_toml
 from shared.data import open_dataset
 from shared.errors import (
+    BudgetExhausted,
     ConfigError,
     DataError,
     FedCanvasError,
@@ -55,7 +56,7 @@ from shared.errors import (
 )
 from shared.models import Discriminator, build_discriminator, parameter_count
 from shared.moments import moment_size
-from shared.privacy.budget import Lifetime, Price, price_run
+from shared.privacy.budget import Lifetime, Price, fits, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms, write_note
 from shared.privacy.plan import PrivacyPlan, make_plan
@@ -66,6 +67,7 @@ from shared.tree import code_digest
 
 SETTINGS = "site.toml"
 LOG, REFUSALS = "site.log", "refusals.jsonl"
+MOST_PENDING = 100  # proposed runs that wait for a person; a server may think of new names for ever
 OVERFLOW_SHARE = 1e-3  # of a run's delta, for draws that are larger than the padded work
 RELEASE_CODE = code_digest(Path(__file__).resolve().parents[1])
 
@@ -198,8 +200,13 @@ class Site:
             raise SiteRefusal(RefusalCode.RELEASE, f"run {run_id} began with the code {run.terms.code_digest}")
         if policy.code and RELEASE_CODE not in policy.code:
             raise SiteRefusal(RefusalCode.RELEASE, f"the policy does not allow the installed code {RELEASE_CODE}")
-        plan = run.terms.plan if run is not None else _plan(config)
-        if violations := list(policy.violations(config, plan)):
+        plan = None if run is None else run.terms.plan
+        violations = list(policy.violations(config, plan))
+        if plan is None and not violations:
+            # Only now: the plan of a run that the policy forbids (a million rounds) may take hours to compute.
+            plan = _plan(config)
+            violations = list(policy.violations(config, plan))
+        if plan is None or violations:
             raise SiteRefusal(RefusalCode.POLICY, f"run {run_id} of {config.federation.name}: {'; '.join(violations)}")
         public = self._open_public(instruction, config, plan)
         parameters = parameter_count(public.discriminator)
@@ -211,6 +218,8 @@ class Site:
             run = self._reserve(instruction, config, plan, policy)
         elif run.closed is not None:
             raise SiteRefusal(RefusalCode.APPROVAL, f"run {run_id} was ended here: {run.closed}")
+        else:
+            self._check_admitted(instruction, config, policy, run)
         length = payload_length(instruction, public)
         if (envelope := account.stored_reply(instruction)) is not None:
             payload, head = unpack_envelope(envelope, length=length)
@@ -230,7 +239,7 @@ class Site:
             again=self.entropy.simulated,
         )  # fmt: skip
         figures: list[StepFigures] = []
-        payload = self._payload(instruction, public, records, rows_cap=run.terms.rows_cap, tell=figures.append)
+        payload = self._payload(instruction, public, records, rows_cap=self._rows_cap(run), tell=figures.append)
         reply = self._leave(Release(instruction, payload, charge.head, length))
         account.store_reply(instruction, reply.envelope)
         account.ledger.commit(
@@ -242,6 +251,14 @@ class Site:
             f" epsilon {charge.epsilon_before:.4g} -> {charge.epsilon_after:.4g} of {run.price.epsilon:.4g} reserved"
         )
         return reply
+
+    def _rows_cap(self, run: RunAccount) -> int | None:
+        """Rows of the padded work: as reserved, or more where this site has published more units since, or is not
+        the site that reserved. Fewer would cut draws more often than the run's delta pays for.
+        """
+        if run.terms.rows_cap is None or self.config.published_records is None:
+            return run.terms.rows_cap
+        return max(run.terms.rows_cap, padded_rows(run.terms.plan, run.price, self.config.published_records))
 
     def _leave(self, release: Release) -> SiteReply:
         reply = build(release, site_id=self.site_id)
@@ -277,13 +294,7 @@ class Site:
             instruction.run_id, config.federation.name, instruction.config_digest, instruction.prompts_digest,
             RELEASE_CODE, plan, rows_cap,
         )  # fmt: skip
-        if policy.approve_each_run:
-            self._check_approval(instruction, config, plan, prices[0].epsilon, prices[0].delta)
-        if policy.max_run_epsilon is not None and prices[0].epsilon > policy.max_run_epsilon:
-            raise SiteRefusal(
-                RefusalCode.POLICY,
-                f"run {terms.run} costs epsilon {prices[0].epsilon:.4g}, a run may cost {policy.max_run_epsilon:g}",
-            )
+        self._check_consent(instruction, config, plan, policy, prices[0])
         for ledger in account.ledgers:
             known = ledger.runs.get(terms.run)
             if known is not None and (known.terms.config_digest, known.terms.plan) != (terms.config_digest, plan):
@@ -307,12 +318,42 @@ class Site:
         )
         return run
 
+    def _check_admitted(
+        self, instruction: RoundInstruction, config: RunConfig, policy: SitePolicy, run: RunAccount
+    ) -> None:
+        """Consent and ceiling of a run that is reserved already: perhaps by another site, whose policy is not ours."""
+        ledger = self.account.ledger
+        self._check_consent(instruction, config, run.terms.plan, policy, run.price)
+        before = [other.price for other in ledger.runs.values() if other.seq < run.seq]
+        if not fits(run.price, before, _lower(ledger.lineage.lifetime, policy)):
+            raise BudgetExhausted(
+                f"run {run.terms.run} is reserved, and passes the lifetime that this site's policy sets",
+                hint="the ceiling was lowered, or another site of this lineage has a higher one",
+            )
+
+    def _check_consent(
+        self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan, policy: SitePolicy, price: Price
+    ) -> None:
+        if policy.approve_each_run:
+            self._check_approval(instruction, config, plan, price.epsilon, price.delta)
+        if policy.max_run_epsilon is not None and price.epsilon > policy.max_run_epsilon:
+            raise SiteRefusal(
+                RefusalCode.POLICY,
+                f"run {instruction.run_id} costs epsilon {price.epsilon:.4g}, a run may cost"
+                f" {policy.max_run_epsilon:g}",
+            )
+
     def _check_approval(
         self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan, epsilon: float, delta: float
     ) -> None:
         proposed = self.account.proposed(instruction.run_id)
         asked_for = (instruction.config_digest, instruction.prompts_digest)
         if proposed is None or (proposed.config_digest, proposed.prompts_digest) != asked_for:
+            if proposed is None and self.account.pending >= MOST_PENDING:
+                raise SiteRefusal(
+                    RefusalCode.APPROVAL,
+                    f"run {instruction.run_id} is not noted: {MOST_PENDING} proposed runs wait for a decision already",
+                )
             proposed = ProposedRun(
                 instruction.run_id, config.federation.name, *asked_for, "pending",
                 run_summary(config, plan, len(instruction.prompts), epsilon, delta),
@@ -350,7 +391,8 @@ class Site:
 
     def _open_public(self, instruction: RoundInstruction, config: RunConfig, plan: PrivacyPlan) -> PublicSide:
         known = self._public
-        if known is not None and known.config == config and known.prompts.texts == instruction.prompts:
+        # The plan too: the noise is that of the plan which was reserved, whatever another run's plan is.
+        if known is not None and (known.config, known.plan, known.prompts.texts) == (config, plan, instruction.prompts):
             return known
         try:
             with _BUILDING:
