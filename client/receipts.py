@@ -153,7 +153,9 @@ def _facts(messages: Sequence[Receipt], counted: Totals) -> str:
         (f"{len(messages):,}", "messages left"),
         (_bytes(sum(message.bytes for message in messages)), "in all"),
         (_epsilon(counted.spent), "epsilon spent"),
-        (_epsilon(counted.left.epsilon), f"left of {_epsilon(counted.ceiling.max_epsilon)} for ever"),
+        ("no limit", "is set")
+        if math.isinf(counted.ceiling.max_epsilon)
+        else (_epsilon(counted.left.epsilon), f"left of {_epsilon(counted.ceiling.max_epsilon)} for ever"),
     ]
     return '<div class="facts">' + "".join(f'<div class="fact"><b>{_text(f)}</b><span>{_text(w)}</span></div>'
                                            for f, w in facts) + "</div>"  # fmt: skip
@@ -167,11 +169,14 @@ def _what_left(messages: Sequence[Receipt], runs: Sequence[RunFigures]) -> list[
     if not messages:
         parts.append("<p>Nothing has left this site yet, except for refusals (section 6).</p>")
     else:
+        noised = "with random noise added before it leaves"
+        if any(math.isinf(run.epsilon_reserved) for run in runs):
+            noised = "in runs with privacy, and in no others, with random noise added before it leaves"
         parts.append(
             f"<p>Nothing but {_count(len(messages), 'message')} of the kinds below, and refusals (section 6). A message"
             " is one block of whole numbers of a size that was fixed beforehand, and 32 bytes that name its place in"
-            " the ledger. It is made from many records at once, each limited in its influence, with random noise added"
-            " before it leaves. With it go the names of run, round and site.</p>"
+            f" the ledger. It is made from many records at once, each limited in its influence, {noised}. With it go"
+            " the names of run, round and site.</p>"
         )
         rows = []
         for kind in sorted({message.kind for message in messages}):
@@ -211,18 +216,19 @@ def _what_it_cost(
 ) -> list[str]:  # fmt: skip
     limit = counted.ceiling.max_epsilon
     parts = ["<h2>2. What it cost</h2>"]
-    if math.isinf(limit) or math.isinf(counted.spent):
+    if math.isinf(counted.reserved):
         return [*parts, '<p class="warning">There was no privacy in at least one run: epsilon is infinite, and nothing'
                 " limits what its messages reveal.</p>", *_runs_table(runs, messages)]  # fmt: skip
-    one = _one(unit)
+    one, bounded = _one(unit), not math.isinf(limit)
+    lifetime = f"This site's records may cost {_epsilon(limit)} in their lifetime." if bounded else "No limit is set."
     parts.append(
         f"<p>The cost of a message is counted in <strong>epsilon</strong>: how much more can be known about {one} after"
-        " the message than before, at most. 0 is nothing; costs add up over the years and are never given back. This"
-        f" site's records may cost {_epsilon(limit)} in their lifetime. A run is set aside whole before it begins, so"
-        " what is reserved counts as gone even where it is not spent.</p>"
+        " the message than before, at most. 0 is nothing; costs add up over the years and are never given back."
+        f" {lifetime} A run is set aside whole before it begins, so what is reserved counts as gone even where it is"
+        " not spent.</p>"
     )
-    parts.append(_bar(counted))
-    parts.append(_chart(ledger, counted))
+    if bounded:
+        parts += [_bar(counted), _chart(ledger, counted)]
     parts.append("<h3>In words</h3>")
     parts.append(
         f"<p>Suppose someone knows everything about these data except whether {one} is in them, and would otherwise"
@@ -236,9 +242,10 @@ def _what_it_cost(
             ("what was spent so far", counted.spent), ("when all that is reserved is spent", counted.reserved),
             ("when the whole lifetime is spent", limit),
         )
+        if not math.isinf(epsilon)
     ]  # fmt: skip
     parts.append(_table(["", "epsilon", "right at most"], rows, caption="50 % is a coin; 100 % would be certainty."))
-    if limit > 3:
+    if bounded and limit > 3:
         parts.append(
             f"<p>To be honest: at epsilon {_epsilon(limit)} this promise alone is weak"
             f" ({percent(best_guess(limit, delta))} is next to certainty). It is what can be proven for the worst"
@@ -249,9 +256,10 @@ def _what_it_cost(
             f" {percent(best_guess(1.0, delta))}.</p>"
         )
     parts.append(
-        f"<p>The promise has a second number, delta = {delta:.0e}: the part of all cases in which it may fail. It"
-        " was chosen below one divided by the number of records. What is compared is always the data with and without"
-        f" one {_text(unit)}, that is {one} (“{_text(ADJACENCY)}”).</p>"
+        f"<p>The promise has a second number, delta = {delta:.0e}: the part of all cases in which it may fail."
+        f"{'' if ledger.lineage.simulated else ' It was chosen below one divided by the number of records.'}"
+        f" What is compared is always the data with and without one {_text(unit)}, that is {one}"
+        f" (“{_text(ADJACENCY)}”).</p>"
     )
     how = ("their epsilon and delta add up" if counted.ceiling.order is None else
            f"their Rényi divergences of order {counted.ceiling.order:g} add up")  # fmt: skip
@@ -389,7 +397,7 @@ def _what_it_reveals(counted: Totals, unit: str) -> list[str]:
         "The promise rests on this machine: on software that does what it says, on the operating system's random"
         " numbers, and on nobody else reading its disk or watching it work.",
     ]
-    if math.isinf(counted.ceiling.max_epsilon):
+    if math.isinf(counted.reserved):
         hardly = ["Nothing is excluded where a run had no privacy."]
     return [
         "<h2>3. What it could have revealed, and what not</h2>",

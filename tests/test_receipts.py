@@ -347,8 +347,19 @@ def test_a_simulated_site_and_a_run_without_privacy_say_so(tmp_path: Path) -> No
     words = Words(page_of(site)).text
     assert "This is a simulated site." in words
     assert "epsilon is infinite" in words
+    assert "in runs with privacy, and in no others, with random noise" in words
     assert run(["client", "receipts", str(site), "--json"]) == 0
     assert run(["client", "ledger", str(site)]) == 0
+
+
+def test_a_simulated_site_without_a_limit_still_shows_what_was_spent(tmp_path: Path) -> None:
+    (site,) = make_sites(tmp_path, sizes=(40,))
+    Site(site, simulated=True).answer(instruction(toy_config(CHEAP)))
+    words = Words(page_of(site)).text
+    assert "no limit" in words
+    assert "epsilon is infinite" not in words
+    assert f"{receipts(ledger_of(site))[0].epsilon_after:.4g}" in words
+    assert "below one divided by the number of records" not in words
 
 
 def test_the_page_is_written_whole_and_for_its_owner(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
