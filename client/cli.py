@@ -101,6 +101,7 @@ def init(
         check_declared,
         check_sharing,
         create_site,
+        has_ledger,
         record_digests,
         store_locked,
         whole_or_nothing,
@@ -162,7 +163,7 @@ def init(
         with store_locked(store):
             digests = record_digests(dataset, store)
             shared = check_sharing(digests, store, lineage=lineage, declared=overlaps)
-            joined = (place / "ledger.jsonl").exists()
+            joined = has_ledger(place)
             ledger = create_site(
                 site_dir, config, policy, Lineage(lineage, chosen, lifetime), digests=digests, overlaps=overlaps
             )

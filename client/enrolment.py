@@ -56,7 +56,7 @@ def create_site(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     place = store / lineage.name
     durable = not lineage.simulated
-    if (place / LEDGER).exists():
+    if has_ledger(place):
         ledger = Ledger(place)
         if ledger.lineage.unit != lineage.unit or ledger.lineage.simulated != lineage.simulated:
             raise _another_unit(ledger.lineage, lineage)
@@ -88,7 +88,7 @@ def whole_or_nothing(folder: Path, place: Path) -> Iterator[None]:
     except BaseException:  # Ctrl-C too
         if not (folder / SETTINGS).exists():
             for path, known in before.items():
-                if path == place and _entries(place) > 1:
+                if path == place and _lines(place) > 1:
                     continue
                 _remove_new(path, known)
         raise
@@ -281,7 +281,12 @@ def _another_unit(known: Lineage, wanted: Lineage) -> ConfigError:
     )
 
 
-def _entries(place: Path) -> int:
+def has_ledger(place: Path) -> bool:
+    """Whether a lineage was opened in `place`; a first line that a crash left unfinished opened none."""
+    return _lines(place) > 0
+
+
+def _lines(place: Path) -> int:
     try:
         return (place / LEDGER).read_bytes().count(b"\n")
     except OSError:

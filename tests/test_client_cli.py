@@ -236,6 +236,17 @@ def test_a_failed_init_never_removes_a_ledger_that_has_an_entry(
     assert Ledger(store / "scans").overlaps == ["other"]
 
 
+def test_a_first_line_that_a_crash_left_unfinished_is_no_lineage(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path / "data")
+    (store / "scans").mkdir(parents=True)
+    (store / "scans/ledger.jsonl").write_bytes(b'{"hash":"12')
+    assert init("--json") == 0
+    assert not json.loads(capsys.readouterr().out)["joined"]
+    assert [entry["kind"] for entry in Ledger(store / "scans").entries] == ["opened"]
+
+
 def test_what_was_in_a_folder_before_a_failed_init_stays(store: Path, tmp_path: Path) -> None:
     write_data(tmp_path / "site" / "data")
     assert init("--delta", "0.5", data="site/data") == 5
