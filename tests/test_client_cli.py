@@ -368,6 +368,12 @@ def test_check_data_of_a_site_fills_its_cache_and_adds_new_records_to_the_lineag
     assert "41" not in {str(value) for value in entry.values()}  # the ledger tells no number of records
     assert "every picture is known" in printed(capsys, "check-data", "site")
 
+    # More units than are published are refused, and the figure is the person's to raise.
+    allow_toy_runs(Path("site"), delta=1e-4)
+    assert ask(Path("site"), toy_config(CHEAP)) == RefusalCode.SITE
+    settings = Path("site/site.toml")
+    settings.write_text(settings.read_text().replace("published-records = 40", "published-records = 50"))
+
     # The first round of 8 px pictures now decodes nothing.
     allow_toy_runs(Path("site"), delta=1e-4)
     entries = {path.name for path in Path("site/cache").iterdir()}
