@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from shared.config import RunConfig, Section, read_toml
 from shared.errors import ConfigError
+from shared.privacy.budget import Lifetime
 from shared.privacy.plan import PrivacyPlan
 
 FILE = "policy.toml"
@@ -122,6 +124,12 @@ class SitePolicy(Section):
             yield "no federation is named in the policy, and runs are not approved one by one"
         if self.aggregator_keys:
             yield "the policy wants signed instructions, and this release's are not signed"
+
+    def ceiling(self, lifetime: Lifetime) -> Lifetime:
+        """Of the ledger's lifetime and this policy's the lower one, which counts."""
+        return replace(
+            lifetime, max_epsilon=min(lifetime.max_epsilon, self.max_epsilon), delta=min(lifetime.delta, self.delta)
+        )  # fmt: skip
 
     def in_words(self) -> list[str]:
         """What may happen here and what never, one sentence a line."""

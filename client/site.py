@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +56,7 @@ from shared.errors import (
 )
 from shared.models import Discriminator, build_discriminator, parameter_count
 from shared.moments import moment_size
-from shared.privacy.budget import Lifetime, Price, fits, price_run
+from shared.privacy.budget import Price, fits, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms, write_note
 from shared.privacy.plan import PrivacyPlan, make_plan
@@ -284,7 +284,7 @@ class Site:
         for ledger in account.ledgers:
             if ledger.lineage.unit != unit:
                 raise SiteRefusal(RefusalCode.POLICY, f"lineage '{ledger.lineage.name}' has another unit than {unit}")
-            lifetimes.append(_lower(ledger.lineage.lifetime, policy))
+            lifetimes.append(policy.ceiling(ledger.lineage.lifetime))
             prices.append(price_run(plan, lifetimes[-1], overflow_share=OVERFLOW_SHARE if padded else 0.0))
         rows_cap = None
         if padded:
@@ -325,7 +325,7 @@ class Site:
         ledger = self.account.ledger
         self._check_consent(instruction, config, run.terms.plan, policy, run.price)
         before = [other.price for other in ledger.runs.values() if other.seq < run.seq]
-        if not fits(run.price, before, _lower(ledger.lineage.lifetime, policy)):
+        if not fits(run.price, before, policy.ceiling(ledger.lineage.lifetime)):
             raise BudgetExhausted(
                 f"run {run.terms.run} is reserved, and passes the lifetime that this site's policy sets",
                 hint="the ceiling was lowered, or another site of this lineage has a higher one",
@@ -505,14 +505,6 @@ def _plan(config: RunConfig) -> PrivacyPlan:
         return make_plan(config)
     except PrivacyError as error:
         raise SiteRefusal(RefusalCode.PLAN, error.message) from error
-
-
-def _lower(lifetime: Lifetime, policy: SitePolicy) -> Lifetime:
-    """The lower ceiling counts, the ledger's or the policy's."""
-    return replace(
-        lifetime,
-        max_epsilon=min(lifetime.max_epsilon, policy.max_epsilon), delta=min(lifetime.delta, policy.delta),
-    )  # fmt: skip
 
 
 def padded_rows(plan: PrivacyPlan, price: Price, units: int) -> int:

@@ -20,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import click
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script from a checkout that is not installed
 
-from shared import errors  # noqa: E402
-from shared.cli import COMMANDS  # noqa: E402
+from shared import cli, errors  # noqa: E402
 from shared.config import RunConfig, Section  # noqa: E402
 from shared.errors import FedCanvasError  # noqa: E402
 
@@ -131,10 +132,20 @@ def commands_page() -> str:
     lines += ["| 1 | a file that was named cannot be used; with a traceback, a bug |"]
     lines += [*exit_code_rows(), "| 130 | interrupted by Ctrl-C |"]
     with ThreadPoolExecutor(2) as pool:
-        commands = ["", *COMMANDS]
+        commands = list(command_names())
         for command, text in zip(commands, pool.map(help_text, commands), strict=True):
             lines += ["", f"## {f'fedcanvas {command}'.strip()}", "", "```", text, "```"]
     return "\n".join(lines) + "\n"
+
+
+def command_names() -> Iterator[str]:
+    """Every command as it is typed after `fedcanvas`, and those of a group after it."""
+    yield ""
+    for name in cli.COMMANDS:
+        yield name
+        command = cli.ROOT.get_command(click.Context(cli.ROOT), name)
+        if isinstance(command, click.Group):
+            yield from (f"{name} {inner}" for inner in command.commands)
 
 
 def exit_code_rows() -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from shared import __version__
@@ -42,6 +42,7 @@ COMMANDS = {
     "plan": LazyCommand("server.plan_cli:plan", "before anyone joins: what a run costs, whether it can learn"),
     "generate": LazyCommand("server.cli:generate", "pictures from prompts, by the model of a finished run"),
     "report": LazyCommand("server.cli:report", "one HTML file about a run: curves, samples, epsilon"),
+    "client": LazyCommand("client.cli:client", "a site's own say: data, policy, runs, ledger, receipts"),
 }
 
 
@@ -58,6 +59,22 @@ class PlainCommand(TyperCommand):
 
     def get_help(self, ctx: click.Context) -> str:
         return super().get_help(ctx).replace("\\[", "[")
+
+
+class PlainGroup(TyperGroup):
+    """Commands under one name, such as `fedcanvas client ...`; alone it shows its help."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise UsageError(
+                f"unknown command '{ctx.info_name} {args[0]}'", hint=nearest_name_hint(args[0], list(self.commands))
+            )
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
 
 class LazyGroup(click.Group):
@@ -217,6 +234,29 @@ def new_app(function: Callable[..., None]) -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})(function)
     return app
+
+
+def new_group(summary: str) -> typer.Typer:
+    """A typer app for several commands under one name; `group_command` adds them."""
+    app = typer.Typer(
+        cls=PlainGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=summary,
+        invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+
+    @app.callback()
+    def show_help(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    return app
+
+
+def group_command(
+    app: typer.Typer, name: str, summary: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:  # fmt: skip
+    """Decorator: `function` as the command `name` of a group, in this command line's style."""
+    settings = {"help_option_names": ["-h", "--help"]}
+    return app.command(name, cls=PlainCommand, short_help=summary, context_settings=settings)
 
 
 if __name__ == "__main__":

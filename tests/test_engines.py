@@ -137,7 +137,7 @@ class Recorder(SilentObserver):
 def test_ray_ends_in_the_weights_of_the_local_engine(tmp_path: Path):
     config = toy_config({"federation.rounds": 3, "warm-start.enabled": True, "warm-start.steps": 3})
     folders, local, ray = make_sites(tmp_path / "sites"), Recorder(), Recorder()
-    expected = run(run_local, tmp_path / "local", config, folders, local)
+    expected = run(run_local, tmp_path / "local", config, make_sites(tmp_path / "others"), local)
     # Nothing that is loaded here may matter there: the engine starts in the release's folder.
     outcome = run(run_ray, tmp_path / "ray", config, folders, ray)
     assert outcome == expected
@@ -155,7 +155,8 @@ def test_a_run_that_was_interrupted_in_ray_goes_on_in_the_local_engine(tmp_path:
                 raise KeyboardInterrupt
 
     config, folders, until = toy_config({"federation.rounds": 30}), make_sites(tmp_path / "sites"), Interrupting()
-    expected = run(run_local, tmp_path / "local", config, folders)
+    # Sites of its own: those that are interrupted have the run reserved once.
+    expected = run(run_local, tmp_path / "local", config, make_sites(tmp_path / "others"))
     with pytest.raises(KeyboardInterrupt):
         run(run_ray, tmp_path / "ray", config, folders, until)
     assert list(until.rounds) == [1, 2]
@@ -265,11 +266,22 @@ def _end_what_runs_in(home: Path) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
 
 
+def name_captions(folders: list[Path]) -> tuple[bytes, ...]:
+    """Gives the sites captions that no prompt holds, and returns what must not be found."""
+    names = ("hemangioma", "melanoma", "nevus")
+    for folder in folders:
+        with np.load(folder / "data.npz") as data:
+            arrays = dict(data)
+        np.savez(folder / "data.npz", **{**arrays, "class_names": np.array(names)})
+    return tuple(name.encode() for name in names)
+
+
 @pytest.mark.slow
 def test_flwr_run_on_a_fresh_home_ends_in_the_weights_of_the_local_engine(
     bundle_folder: Path, flower_home: dict[str, str], tmp_path: Path
 ):
     config, folders = toy_config({"federation.rounds": 3}), make_sites(tmp_path / "sites")
+    words = name_captions([*folders, *(others := make_sites(tmp_path / "others"))])
     (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text in PROMPTS.texts))
     places = {
         "simulation.run-dir": tmp_path / "run",
@@ -296,6 +308,12 @@ def test_flwr_run_on_a_fresh_home_ends_in_the_weights_of_the_local_engine(
         status = json.loads(listed)["runs"][0]["status"]
     assert status == "finished:completed", listed
     client.site._SITES.clear()
-    expected = run(run_local, tmp_path / "local", config, folders)
+    expected = run(run_local, tmp_path / "local", config, others)
+    # PRIVACY rule 20: neither the run directory nor what Flower and Ray keep holds a caption.
+    kept = [tmp_path / "run", Path(flower_home["FLWR_HOME"]), Path(flower_home["RAY_TMPDIR"])]
+    files = [file for folder in kept for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert len(files) > 20
+    for file in files:
+        assert not any(word in file.read_bytes() for word in words), file
     with RunDirectory.open(tmp_path / "run") as rundir:
         assert rundir.read_json("model/model.json")["weights_digest"] == expected.digest

@@ -31,7 +31,10 @@ MAY_IMPORT = {
 
 # Inside a package the arrow points down this list; a module that is not named stands at the bottom.
 LEVELS = {
-    "client": ["client.cli", "client.app", "client.enrolment", "client.site", "client.gate"],
+    "client": [
+        "client.cli", "client.receipts", "client.spending", "client.app", "client.enrolment", "client.site",
+        "client.gate",
+    ],
     "server": ["server.cli", "server.app", "server.rounds"],
 }
 
