@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import LedgerError, UsageError
-from shared.privacy.ledger import LOCK_SECONDS, Charge, Ledger, RunTerms, write_note
+from shared.privacy.ledger import LOCK_SECONDS, Charge, Ledger, RunTerms, make_folder, write_note
 from shared.records import RoundInstruction
 
 ANCHOR, RUNS, REPLIES = "anchor.json", "runs", "replies"
@@ -113,7 +113,7 @@ class SiteAccount:
         return sum(proposed.decision == "pending" for proposed in self.all_proposed())
 
     def write_proposed(self, proposed: ProposedRun) -> None:
-        (self.folder / RUNS).mkdir(mode=0o700, exist_ok=True)
+        make_folder(self.folder / RUNS, durable=self.durable)
         path = self.folder / RUNS / f"{proposed.run}.json"
         write_note(path, json.dumps(asdict(proposed), indent=2, ensure_ascii=False) + "\n", durable=self.durable)
 
@@ -146,7 +146,7 @@ class SiteAccount:
         if not self.durable:
             self._in_memory[instruction.run_id] = (instruction.digest, envelope)
             return
-        (self.folder / REPLIES).mkdir(mode=0o700, exist_ok=True)
+        make_folder(self.folder / REPLIES, durable=True)
         path = self.folder / REPLIES / f"{instruction.run_id}.reply"
         header = json.dumps({"instruction": instruction.digest, "bytes": len(envelope)}).encode()
         write_note(path, header + b"\n" + envelope, durable=True)

@@ -16,6 +16,7 @@ the head of a run and shows it back notices the first two while that run lasts (
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -162,11 +163,7 @@ class Ledger:
             )
         if math.isinf(lineage.lifetime.max_epsilon) and not lineage.simulated:
             raise LedgerError("a ledger without a ceiling is no ledger", hint="name a finite lifetime epsilon")
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _fsync_folder(folder.parent)
-        except OSError as error:
-            raise _unwritable(folder, error) from None
+        make_folder(folder, durable=not lineage.simulated)
         ledger = cls.__new__(cls)
         ledger.folder, ledger.path, ledger.anchor, ledger._locked = folder, folder / FILE, anchor, False
         ledger._forget()
@@ -353,6 +350,8 @@ class Ledger:
 
     def _append(self, kind: str, **fields: Any) -> None:
         assert self._locked, "an entry was written without the lock"
+        if self._state is None and self.entries:
+            self.refresh(check_anchor=False)  # an entry failed, and may have left a part of itself
         if self._torn:
             self._cut_torn_line()
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -370,6 +369,9 @@ class Ledger:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 before = os.fstat(descriptor).st_size
+                if self._state is not None and before != self._state[1]:
+                    # The lock keeps others out, unless somebody removed its file or the disk is a network's.
+                    raise OSError(errno.EBUSY, "another process has written to it")
                 try:
                     _write_all(descriptor, line)
                     if durable:
@@ -395,8 +397,10 @@ class Ledger:
         torn, self._torn = self._torn, b""
         try:
             os.truncate(self.path, self.path.stat().st_size - len(torn))
+            about = self.path.stat()
         except OSError as error:
             raise _unwritable(self.path, error) from None
+        self._state = (about.st_ino, about.st_size, about.st_mtime_ns)
         self._append("repaired", cut_bytes=len(torn), cut_sha256=hashlib.sha256(torn).hexdigest())
 
     def _read(self, content: bytes) -> None:
@@ -496,6 +500,19 @@ def run_head(before: str, charge: Mapping[str, Any]) -> str:
     """
     parts = [before, *(charge[name] for name in ("server_round", "attempt", "release", "instruction_digest", "nonce"))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def make_folder(path: Path, *, durable: bool) -> None:
+    """A folder of the site with all above it; for its owner only. Each new name is on disk before this returns."""
+    if path.is_dir():
+        return
+    make_folder(path.parent, durable=durable)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        if durable:
+            _fsync_folder(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def write_note(path: Path, content: str | bytes, *, durable: bool) -> None:
