@@ -22,7 +22,7 @@ import torch
 
 from client.enrolment import create_site
 from client.policy import SitePolicy
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from client.training import prepare_records, site_gradient
 from server.training import ServerTraining
 from shared.config import RunConfig

@@ -15,7 +15,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.gate import Slot, build
-from client.site import SETTINGS, Site, SiteRefusal, log_exception, note_refusal, open_site
+from client.settings import SETTINGS, log_exception, note_refusal
+from client.site import Site, SiteRefusal, open_site
 from shared.errors import ConfigError, FederationError, ProtocolError
 from shared.records import (
     MESSAGE_TYPES,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from client.account import ProposedRun, SiteAccount
     from client.data_check import DataFigures
     from client.policy import SitePolicy
-    from client.site import SiteConfig
+    from client.settings import SiteConfig
     from client.spending import RunFigures, Totals
     from shared.data import ImageCaptionDataset
     from shared.privacy.budget import Lifetime
@@ -107,7 +107,7 @@ def init(
         whole_or_nothing,
     )
     from client.policy import SitePolicy
-    from client.site import RELEASE_CODE, SETTINGS, SiteConfig
+    from client.settings import RELEASE_CODE, SETTINGS, SiteConfig
     from shared.privacy.accounting import best_renyi_order
     from shared.privacy.budget import Lifetime
     from shared.privacy.ledger import Lineage
@@ -225,7 +225,7 @@ def check_data(
     import tempfile
 
     from client.data_check import advice, choose_unit, data_figures, open_as_training
-    from client.site import SETTINGS
+    from client.settings import SETTINGS
 
     size, depth = int(image_size), int(channels)
     if not (site_dir / SETTINGS).is_file():
@@ -642,7 +642,7 @@ def _export(opened: Ledger, file: Path, *, as_json: bool) -> None:
 
 def _renew_anchor(site_dir: Path, *, yes: bool, as_json: bool) -> None:
     from client.account import ANCHOR
-    from client.site import SiteConfig, log
+    from client.settings import SiteConfig, log
     from shared.privacy.ledger import Ledger
 
     config = SiteConfig.read(site_dir)
@@ -750,7 +750,7 @@ def _open(site_dir: Path) -> tuple[SiteConfig, SiteAccount]:
     so it is looked at twice.
     """
     from client.account import SiteAccount
-    from client.site import SiteConfig
+    from client.settings import SiteConfig
 
     config = SiteConfig.read(site_dir)
     try:

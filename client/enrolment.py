@@ -23,7 +23,8 @@ from pathlib import Path
 from client.account import ANCHOR
 from client.policy import FILE as POLICY
 from client.policy import SitePolicy
-from client.site import OVERFLOW_SHARE, SETTINGS, SiteConfig, forget_site
+from client.settings import OVERFLOW_SHARE, SETTINGS, SiteConfig
+from client.site import forget_site
 from shared.data import ImageCaptionDataset
 from shared.errors import ConfigError, LedgerError
 from shared.privacy.budget import Price, fits, price_run

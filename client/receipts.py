@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from client.spending import (
     Receipt,
     Refusals,

@@ -11,11 +11,8 @@ reason goes to the site's own log.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,17 +20,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from traceback import extract_tb
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, ValidationError
 from scipy.stats import binom
 from torch import Tensor
 
 from client.account import ProposedRun, SiteAccount
 from client.gate import Release, build
 from client.policy import SitePolicy
+from client.settings import OVERFLOW_SHARE, RELEASE_CODE, SETTINGS, SiteConfig, log
 from client.training import (
     PrivateRecords,
     StepFigures,
@@ -43,7 +39,7 @@ from client.training import (
     site_moments,
     site_update,
 )
-from shared.config import RunConfig, Section, read_toml
+from shared.config import RunConfig
 from shared.data import open_dataset
 from shared.errors import (
     BudgetExhausted,
@@ -58,58 +54,13 @@ from shared.models import Discriminator, build_discriminator, parameter_count
 from shared.moments import moment_size
 from shared.privacy.budget import Price, fits, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
-from shared.privacy.ledger import RunAccount, RunTerms, write_note
+from shared.privacy.ledger import RunAccount, RunTerms
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.prompts import PromptPool
-from shared.records import NAME, RefusalCode, RoundInstruction, SiteReply, unpack_envelope
+from shared.records import RefusalCode, RoundInstruction, SiteReply, unpack_envelope
 from shared.text import CaptionEncoder, build_encoder
-from shared.tree import code_digest
 
-SETTINGS = "site.toml"
-LOG, REFUSALS = "site.log", "refusals.jsonl"
 MOST_PENDING = 100  # proposed runs that wait for a person; a server may think of new names for ever
-OVERFLOW_SHARE = 1e-3  # of a run's delta, for draws that are larger than the padded work
-RELEASE_CODE = code_digest(Path(__file__).resolve().parents[1])
-
-
-class SiteConfig(Section):
-    """`site.toml`: what only this site decides. Relative paths start at its folder."""
-
-    model_config = ConfigDict(strict=True)
-
-    site_id: str = Field(pattern=f"^(?:{NAME.pattern})$", description="Name of the site in replies and reports.")
-    data: str = Field(min_length=1, description="Folder or file with the captioned images.")
-    cache_dir: str = Field("cache", min_length=1, description="Where decoded images are kept.")
-    indices: str | None = Field(None, description="A .npy of row numbers: only these rows are this site's.")
-    lineage: str = Field(pattern=f"^(?:{NAME.pattern})$", description="Name of the records in the ledger.")
-    store: str = Field("lineages", min_length=1, description="Folder with the ledgers of all lineages of this machine.")
-    published_records: int | None = Field(
-        None, ge=1, description="Units of this site, rounded up, as it may be told; the work of a step is padded by it."
-    )
-    slot_seconds: float = Field(
-        0.0, ge=0, le=3600, description="A deployed site answers at the end of such a slot, however long the work took."
-    )
-    simulated_seed: int | None = Field(
-        None, ge=0, lt=2**63, description="Simulations only: seeds the draw and the noise; a deployed site refuses it."
-    )
-
-    @classmethod
-    def read(cls, folder: Path) -> SiteConfig:
-        path = folder / SETTINGS
-        if not path.is_file():
-            raise ConfigError(f"{folder} is no site: it has no {SETTINGS}", hint="name the folder of one site")
-        try:
-            return cls.model_validate(read_toml(path))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part).replace("_", "-") for part in first["loc"])
-            raise ConfigError(f"{path}: '{place}': {first['msg'].lower()}") from None
-
-    def write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        values = self.model_dump(by_alias=True, exclude_none=True)
-        lines = [f"{name} = {_toml(value)}\n" for name, value in values.items()]
-        write_note(folder / SETTINGS, "".join(lines), durable=self.simulated_seed is None)
 
 
 class SiteRefusal(Exception):
@@ -544,32 +495,6 @@ def payload_length(instruction: RoundInstruction, public: PublicSide) -> int:
     return parameter_count(public.discriminator)
 
 
-def log_exception(folder: Path, error: BaseException) -> None:
-    """Type and places of `error` to the site's log, and its text only where we wrote it: others quote data."""
-    places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(extract_tb(error.__traceback__)))
-    text = f": {error.message}" if isinstance(error, FedCanvasError) else ""
-    log(folder, f"{type(error).__name__}{text} at {places}")
-
-
-def log(folder: Path, text: str) -> None:
-    try:
-        descriptor = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(text.split())}\n")
-    except OSError:
-        pass  # a full disk must not decide whether a site answers
-
-
-def note_refusal(folder: Path, code: RefusalCode, run: str, server_round: int) -> None:
-    """A line that a refusal left, for the receipts; as with the log, a full disk decides nothing."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    line = {"time": now, "code": code.value, "run": run, "server_round": server_round}
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder / REFUSALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
 def _of_steps(figures: Sequence[StepFigures]) -> str:
     """The first and the last step of a round, in words; the moments have no steps."""
     if not figures:
@@ -584,7 +509,3 @@ def _sha256(content: bytes) -> str:
 _SITES: dict[tuple[Path, bool], Site] = {}
 _OPENING = threading.Lock()
 _BUILDING = threading.Lock()  # models are initialised under torch's one global seed
-
-
-def _toml(value: str | float) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -230,7 +230,7 @@ def spent_over_time(ledger: Ledger) -> list[tuple[str, float, float]]:
 
 def refusals(folder: Path) -> Refusals:
     """From the site's own `refusals.jsonl` and `site.log`; a line that cannot be read is counted as "unreadable"."""
-    from client.site import LOG, REFUSALS
+    from client.settings import LOG, REFUSALS
 
     entries, unreadable = [], 0
     for line in _lines(folder / REFUSALS):

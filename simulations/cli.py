@@ -420,7 +420,7 @@ def _write_sites(out: Path, job: Job, config: RunConfig, datasets: Sequence[Imag
 
     from client.enrolment import create_site
     from client.policy import SitePolicy
-    from client.site import SETTINGS, SiteConfig
+    from client.settings import SETTINGS, SiteConfig
     from shared.privacy.budget import Lifetime
     from shared.privacy.ledger import Lineage
     from shared.rundir import write_whole

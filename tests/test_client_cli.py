@@ -22,7 +22,8 @@ from toy_federation import COLOURS, PROMPTS, make_sites, toy_config, toy_policy
 import client.enrolment
 from client.account import SiteAccount
 from client.policy import SitePolicy
-from client.site import RELEASE_CODE, Site, SiteConfig
+from client.settings import RELEASE_CODE, SiteConfig
+from client.site import Site
 from shared.cli import run
 from shared.errors import LedgerError
 from shared.privacy.accounting import best_renyi_order

@@ -48,7 +48,7 @@ PLACES = {
     "cv2": {"shared.data", "simulations.shapes"},
     "transformers": {"shared.text"},
     "matplotlib": {"server.report", "server.sheet", "server.plan_cli"},
-    "pydantic": {"shared.config", "client.site", "client.policy"},
+    "pydantic": {"shared.config", "client.settings", "client.policy"},
     "safetensors": {"shared.rundir", "shared.metrics"},
 }
 

@@ -24,7 +24,8 @@ import client.receipts
 from client.account import SiteAccount
 from client.policy import SitePolicy
 from client.receipts import receipts_page
-from client.site import Site, SiteConfig, note_refusal
+from client.settings import SiteConfig, note_refusal
+from client.site import Site
 from client.spending import best_guess, charged_and_not_sent, percent, receipts, run_figures, spent_over_time, totals
 from shared.cli import run
 from shared.errors import LedgerError

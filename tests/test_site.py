@@ -19,7 +19,8 @@ from toy_federation import COLOURS, PROMPTS, make_sites, toy_config
 import client.app
 import client.site
 from client.app import make_app
-from client.site import Site, SiteConfig, SiteRefusal, open_site
+from client.settings import SiteConfig
+from client.site import Site, SiteRefusal, open_site
 from shared.config import RunConfig
 from shared.errors import ConfigError
 from shared.fakes import FakeBank

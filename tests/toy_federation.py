@@ -11,7 +11,7 @@ import numpy as np
 
 from client.enrolment import create_site
 from client.policy import SitePolicy
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from shared.config import RunConfig, Scalar
 from shared.privacy.budget import Lifetime
 from shared.privacy.ledger import Lineage
