@@ -411,7 +411,8 @@ class Ledger:
         previous = BEFORE_THE_FIRST
         for place, line in enumerate(lines):
             digest, body = line[len(HEAD) : len(HEAD) + 64].decode("ascii", "replace"), line[BODY:]
-            if not line.startswith(HEAD) or hashlib.sha256(body).hexdigest() != digest:
+            framed = line.startswith(HEAD) and line[BODY - 2 : BODY] == b'",'
+            if not framed or hashlib.sha256(body).hexdigest() != digest:
                 raise _edited(self.path, place)
             try:
                 entry = json.loads(b"{" + body)
