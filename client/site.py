@@ -39,6 +39,7 @@ from client.training import (
     site_moments,
     site_update,
 )
+from shared.adversarial import build_loss
 from shared.config import RunConfig
 from shared.data import open_dataset
 from shared.errors import (
@@ -52,6 +53,7 @@ from shared.errors import (
 )
 from shared.models import Discriminator, build_discriminator, parameter_count
 from shared.moments import moment_size
+from shared.optimizers import build_optimizer
 from shared.privacy.budget import Price, fits, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms
@@ -351,6 +353,8 @@ class Site:
                 discriminator = build_discriminator(config, embedding_dim=encoder.dim)
                 prompts = PromptPool(instruction.prompts)
                 embeddings = encoder.encode(prompts.texts).to(config.compute.device)
+            build_loss(config.discriminator)  # a name that nobody knows is met here, not after the charge
+            build_optimizer(discriminator, config.discriminator_optimizer)
         except PromptError as error:
             raise SiteRefusal(RefusalCode.MESSAGE, error.message) from error
         except FedCanvasError as error:
