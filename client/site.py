@@ -53,7 +53,7 @@ from shared.errors import (
 )
 from shared.models import Discriminator, build_discriminator, parameter_count
 from shared.moments import moment_size
-from shared.optimizers import build_optimizer
+from shared.optimizers import OPTIMIZERS
 from shared.privacy.budget import Price, fits, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms
@@ -354,7 +354,7 @@ class Site:
                 prompts = PromptPool(instruction.prompts)
                 embeddings = encoder.encode(prompts.texts).to(config.compute.device)
             build_loss(config.discriminator)  # a name that nobody knows is met here, not after the charge
-            build_optimizer(discriminator, config.discriminator_optimizer)
+            OPTIMIZERS.get(config.discriminator_optimizer.name)
         except PromptError as error:
             raise SiteRefusal(RefusalCode.MESSAGE, error.message) from error
         except FedCanvasError as error:
