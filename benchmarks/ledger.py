@@ -2,7 +2,7 @@
 
     python benchmarks/ledger.py [--charges 10000] [--durable 200] [--folder DIR]
 
-Baseline of the ratio: one answer of a demo site (5,000 records, q 0.1024), computed in the same run. `--folder`
+Baseline of the ratio: one answer of a demo site (5,000 records, q 0.098), computed in the same run. `--folder`
 names the disk that is measured; the default is the folder for temporary files, which may be in memory.
 """
 
