@@ -34,11 +34,11 @@ LARGEST_EPSILON = 20.0  # nobody is asked to accept more: a larger one promises 
 CURVE_ROWS = 12
 
 # The demo, which learns well (.85 of pictures obey all four words): `simulations.scenarios.demo`, held to it by a test.
-DEMO_NOISE_MULTIPLIER, DEMO_BATCH, DEMO_SITES, DEMO_STEPS = 1.6056, 2048.0, 4, 500
+DEMO_NOISE_MULTIPLIER, DEMO_BATCH, DEMO_SITES, DEMO_STEPS = 1.5294, 2048.0, 4, 440
 # Limits against the demo. Measured, as (noise of a step, signal of a run) in units of the demo's: ten garments and
-# ten digits (0.4, 1.5 to 1.7) good; shapes at 1,024 records a step (1.2 to 1.3, 0.77 to 0.85) .67 to .70 right; the
-# demo at its round 100 (1, 0.45) .70 right, after a warm start; emoji (1.3, 0.47) no object to be told; shapes at 256
-# (2.7 to 2.9, 0.27 to 0.35) .10 to .32 right; blood smears (15, 0.04) nothing.
+# ten digits (0.4, 1.5 to 1.7) good; shapes at 1,024 records a step (1.3 to 1.4, 0.78 to 0.87) .67 to .70 right; the
+# demo at its round 100 (1, 0.48) .70 right, after a warm start; emoji (1.4, 0.48) no object to be told; shapes at 256
+# (2.8 to 3.0, 0.27 to 0.36) .10 to .32 right; blood smears (16, 0.04) nothing.
 MOST_STEP_NOISE = 2.0
 LEAST_RUN_SIGNAL = 0.5
 FEWEST_RECORDS_A_STEP = 300  # 256 failed
@@ -265,7 +265,7 @@ def _warnings(config: RunConfig, noise: NoiseFigures) -> list[Warned]:
         found.append(Warned("records-a-step", message))
     if noise.step > MOST_STEP_NOISE * demo.step:
         ratio = noise.step / demo.step
-        message = f"the noise of a step is {ratio:.3g} times the demo's: runs at 2.7 times (shapes) failed"
+        message = f"the noise of a step is {ratio:.3g} times the demo's: runs at 2.8 times (shapes) failed"
         found.append(Warned("step-noise", message))
     if noise.run < LEAST_RUN_SIGNAL * demo.run:
         ratio = noise.run / demo.run

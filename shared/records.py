@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -92,7 +93,7 @@ class RoundInstruction:
     fakes: FakeBank | None = None
     heads: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names what is asked for, 64 hex digits; the same question asked again (attempt, heads) has the same."""
         table = [self.run_id, self.kind, self.server_round, self.config_digest, list(self.prompts)]
@@ -104,7 +105,7 @@ class RoundInstruction:
             digest.update(self.fakes.prompt_indices.astype("<i4", copy=False).tobytes())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def prompts_digest(self) -> str:
         return hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
 

@@ -43,7 +43,7 @@ def demo() -> RunConfig:
     return RunConfig.from_table(
         {
             "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.1024, "clipping-norm": 12.0},
-            "federation": {"sites": 4, "rounds": 500, "published-records": 20_000},
+            "federation": {"sites": 4, "rounds": 470, "published-records": 20_000},
             "discriminator": {"near-prompt-share": 0.25},
             "discriminator-optimizer": {"final-fraction": 0.2},
             "generator": {"width": 24},

@@ -72,7 +72,7 @@ def make_site(
     lifetime = lifetime or Lifetime(policy.max_epsilon, policy.delta)
     config = SiteConfig(
         site_id=folder.name, data="data.npz", simulated_seed=seed, lineage=f"of-{folder.name}",
-        published_records=None if simulated else 40, **settings,
+        published_records=settings.pop("published_records", None if simulated else 40), **settings,
     )  # fmt: skip
     create_site(folder, config, policy, Lineage(config.lineage, policy.unit, lifetime, simulated=simulated))
     return folder

@@ -138,7 +138,7 @@ class Ledger:
             LedgerError: there is none, it is damaged, or it is behind its anchor.
         """
         self.folder, self.path, self.anchor = folder, folder / FILE, anchor
-        self._locked = False
+        self._locked = self._anchor_is_due = False
         self._forget()
         self.refresh()
 
@@ -165,7 +165,8 @@ class Ledger:
             raise LedgerError("a ledger without a ceiling is no ledger", hint="name a finite lifetime epsilon")
         make_folder(folder, durable=not lineage.simulated)
         ledger = cls.__new__(cls)
-        ledger.folder, ledger.path, ledger.anchor, ledger._locked = folder, folder / FILE, anchor, False
+        ledger.folder, ledger.path, ledger.anchor = folder, folder / FILE, anchor
+        ledger._locked = ledger._anchor_is_due = False
         ledger._forget()
         ledger.lineage = lineage
         with _lock(folder, 0.0):
@@ -175,6 +176,7 @@ class Ledger:
                 "opened", format=FORMAT, lineage=lineage.name, unit=lineage.unit, adjacency=ADJACENCY,
                 simulated=lineage.simulated, nonce=os.urandom(16).hex(), **_lifetime_fields(lineage.lifetime),
             )  # fmt: skip
+            ledger._write_anchor()
             ledger._locked = False
         return cls(folder, anchor=anchor)
 
@@ -220,7 +222,11 @@ class Ledger:
                     self.refresh(check_anchor=False)
                     self._write_anchor()
                 self.refresh()
-                yield
+                try:
+                    yield
+                finally:
+                    if self._anchor_is_due:
+                        self._write_anchor()
             finally:
                 self._locked = False
 
@@ -390,7 +396,10 @@ class Ledger:
             raise _unwritable(self.path, error) from None
         self._apply(entry, line[len(HEAD) : len(HEAD) + 64].decode())
         self._state = (about.st_ino, about.st_size, about.st_mtime_ns)
-        self._write_anchor()
+        if durable:
+            self._write_anchor()
+        else:
+            self._anchor_is_due = True  # once a message: thousands of simulated sites share one disk
 
     def _cut_torn_line(self) -> None:
         """A line that a crash left unfinished was never confirmed to anyone; it is cut, and that is noted."""
@@ -489,6 +498,7 @@ class Ledger:
             raise _behind(self.path, seq)
 
     def _write_anchor(self) -> None:
+        self._anchor_is_due = False
         if self.anchor is not None:
             content = {"lineage": self.lineage.name, "seq": len(self.entries) - 1, "hash": self.head}
             write_note(self.anchor, json.dumps(content) + "\n", durable=not self.lineage.simulated)
@@ -557,8 +567,10 @@ def _lock(folder: Path, wait_seconds: float) -> Iterator[None]:
             except OSError as error:
                 raise _unwritable(folder / LOCK, error) from None
         with contextlib.suppress(OSError):  # the number is for people; a full disk must not cost the lock
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            number = str(os.getpid()).encode()
+            if os.pread(descriptor, 32, 0) != number:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, number, 0)
         yield
     finally:
         os.close(descriptor)
