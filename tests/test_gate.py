@@ -30,7 +30,8 @@ IMPORTS = {
 # What is looked up by name, wherever it comes from.
 ATTRIBUTES = {
     "sys.stdout": {"client.cli"}, "sys.stderr": {"client.cli"}, "os.system": set(), "os.popen": set(),
-    "os.execv": set(), "os.fork": set(), "os.posix_spawn": set(), "warnings.warn": set(), "importlib.import_module": set(),
+    "os.execv": set(), "os.fork": set(), "os.posix_spawn": set(), "warnings.warn": set(),
+    "importlib.import_module": set(),
 }  # fmt: skip
 
 
