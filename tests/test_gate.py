@@ -29,8 +29,9 @@ IMPORTS = {
 }  # fmt: skip
 # What is looked up by name, wherever it comes from.
 ATTRIBUTES = {
-    "sys.stdout": {"client.cli"}, "sys.stderr": {"client.cli"}, "os.system": set(), "os.popen": set(), "os.execv": set(),
-    "os.fork": set(), "os.posix_spawn": set(), "warnings.warn": set(), "importlib.import_module": set(),
+    "sys.stdout": {"client.cli"}, "sys.stderr": {"client.cli"}, "os.system": set(), "os.popen": set(),
+    "os.execv": set(), "os.fork": set(), "os.posix_spawn": set(), "warnings.warn": set(),
+    "importlib.import_module": set(),
 }  # fmt: skip
 
 
@@ -51,9 +52,7 @@ def ways_out(name: str, tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             found, allowed = [str(node.module).partition(".")[0]], IMPORTS
             # Under another name a call would not be found below.
-            renamed = [
-                alias.name for alias in node.names if alias.name in CALLS and alias.asname not in (None, alias.name)
-            ]
+            renamed = [alias.name for alias in node.names if alias.name in CALLS and alias.asname]
             yield from (f"{each} under another name" for each in renamed)
         elif isinstance(node, ast.Call):
             function = node.func
