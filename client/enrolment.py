@@ -64,6 +64,12 @@ def create_site(
         if digests:
             add_records(ledger, digests)
     else:
+        if (place / DIGESTS).exists():
+            raise LedgerError(
+                f"lineage '{lineage.name}' was here before: its records are noted in {place}, and its ledger is gone",
+                hint="restore the ledger, or what was spent is forgotten; if an earlier `init` was killed before it"
+                f" ended, and only then, remove {place / DIGESTS}",
+            )
         if digests:
             keep_digests(digests, store, lineage.name)  # a ledger whose records are unknown would let others share them
         ledger = Ledger.create(place, lineage)

@@ -41,7 +41,7 @@ class SiteConfig(Section):
         None, ge=1, description="Units of this site, rounded up, as it may be told; the work of a step is padded by it."
     )
     slot_seconds: float = Field(
-        0.0, ge=0, le=3600, description="A deployed site answers at the end of such a slot, however long the work took."
+        10.0, ge=0, le=3600, description="Seconds; a deployed site answers at the end of such a slot."
     )
     simulated_seed: int | None = Field(
         None, ge=0, lt=2**63, description="Simulations only: seeds the draw and the noise; a deployed site refuses it."

@@ -113,7 +113,9 @@ class FederationConfig(Section):
     fewest_sites: int = Field(
         0, ge=0, le=10_000, description="A run goes on without sites that refuse while so many answer; 0 = all of them."
     )
-    published_records: int = Field(ge=1, description="Units (examples or subjects) of all sites, a rounded figure.")
+    published_records: int = Field(
+        ge=1, le=10**12, description="Units (examples or subjects) of all sites, a rounded figure."
+    )
 
 
 class DiscriminatorConfig(Section):

@@ -248,6 +248,20 @@ def test_a_first_line_that_a_crash_left_unfinished_is_no_lineage(
     assert [entry["kind"] for entry in Ledger(store / "scans").entries] == ["opened"]
 
 
+def test_a_lineage_whose_ledger_is_gone_is_not_begun_anew(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path / "data")
+    assert init() == 0
+    (store / "scans/ledger.jsonl").unlink()
+    assert init(site="two") == 5
+    assert "its ledger is gone" in capsys.readouterr().err
+    assert not Path("two").exists()
+    assert not (store / "scans/ledger.jsonl").exists()
+    (store / "scans/records").unlink()  # what the hint says, of an init that was killed
+    assert init(site="two") == 0
+
+
 def test_what_was_in_a_folder_before_a_failed_init_stays(store: Path, tmp_path: Path) -> None:
     write_data(tmp_path / "site" / "data")
     assert init("--delta", "0.5", data="site/data") == 5

@@ -70,6 +70,7 @@ def make_site(
         if simulated:
             policy = SitePolicy.for_simulation(max_epsilon=math.inf, delta=0.5, unit="example")
     lifetime = lifetime or Lifetime(policy.max_epsilon, policy.delta)
+    settings.setdefault("slot_seconds", 0.0)  # no test waits for a slot that it is not about
     config = SiteConfig(
         site_id=folder.name, data="data.npz", simulated_seed=seed, lineage=f"of-{folder.name}",
         published_records=settings.pop("published_records", None if simulated else 40), **settings,
