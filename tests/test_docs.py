@@ -107,6 +107,15 @@ def test_every_privacy_rule_of_this_release_names_tests_that_exist(rule: int) ->
         assert test in functions, f"{file}::{test}"
 
 
+def test_the_mutations_page_names_tests_that_exist() -> None:
+    text = (ROOT / "docs/mutations.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", text))
+    assert len(named) > 40
+    for file, test in sorted(named):
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+
+
 def test_the_reference_epsilons_in_the_privacy_page_are_those_of_its_test() -> None:
     # One table of numbers in two places: a change of either shows.
     text = (ROOT / "docs/privacy.md").read_text(encoding="utf-8")
