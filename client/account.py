@@ -1,7 +1,7 @@
 """A site's account: the ledgers of its lineage, the runs that people decided on, and the last reply of each run.
 
     STORE/<lineage>/ledger.jsonl   what was spent; outlives this site's folder, and all sites with its records share it
-    SITE/anchor.json               the last entry that this site has seen
+    SITE/anchor.json               the last entry that this site has seen; anchor-<lineage>.json of shared records
     SITE/runs/<run>.json           a proposed run, and what a person decided
     SITE/replies/<run>.reply       the last reply of a run: the same instruction gets the same bytes, uncharged
                                    (a simulated site keeps it in memory: its seeded noise repeats it anyway)
@@ -66,7 +66,13 @@ class SiteAccount:
         """Of all lineages that share records, this one first."""
         for name in self.ledger.overlaps:
             if name not in self._others:
-                self._others[name] = Ledger(self.store / name)
+                anchor = self.folder / f"anchor-{name}.json"
+                known = anchor.exists()
+                other = self._others[name] = Ledger(self.store / name, anchor=anchor if known else None)
+                if not known:  # noted at first use
+                    other.anchor = anchor
+                    with other.locked(fresh_anchor=True):
+                        pass
         return [self.ledger, *(self._others[name] for name in self.ledger.overlaps)]
 
     @contextmanager
@@ -95,7 +101,8 @@ class SiteAccount:
 
     def proposed(self, run: str) -> ProposedRun | None:
         try:
-            return ProposedRun(**json.loads((self.folder / RUNS / f"{run}.json").read_text(encoding="utf-8")))
+            proposed = ProposedRun(**json.loads((self.folder / RUNS / f"{run}.json").read_text(encoding="utf-8")))
+            return proposed if proposed.run == run else None  # a disk may not tell A from a
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError):

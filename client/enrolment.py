@@ -144,19 +144,23 @@ def declare_overlaps(ledger: Ledger, others: Sequence[Ledger]) -> None:
         pairs = [
             (here, there, _prices_of_earlier_runs(here, there))
             for other in others
+            # Both ways until both say so: between a crash and now, the one that did not may have begun a run alone.
+            if not (other.lineage.name in ledger.overlaps and ledger.lineage.name in other.overlaps)
             for here, there in ((ledger, other), (other, ledger))
-            if there.lineage.name not in here.overlaps
         ]
         for here, there, prices in pairs:
             for run, price in prices.items():
                 _carry_over(here, there, run, price)
-            here.note("overlap", lineage=there.lineage.name)
+            if there.lineage.name not in here.overlaps:
+                here.note("overlap", lineage=there.lineage.name)
 
 
 def _prices_of_earlier_runs(here: Ledger, there: Ledger) -> dict[str, Price]:
     """What each run of `there` costs `here`; checked to fit before anything is written."""
     lifetime, prices, reserved = here.lineage.lifetime, {}, here.reserved
     for run, account in there.runs.items():
+        if there.entries[account.seq]["through"] == here.lineage.name:
+            continue  # it came from here
         known = here.runs.get(run)
         if known is None:
             overflow_share = OVERFLOW_SHARE if account.terms.rows_cap is not None else 0.0

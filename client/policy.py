@@ -85,11 +85,14 @@ class SitePolicy(Section):
             lines += [f"# {key} =" if value is None else f"{key} = {_toml(value)}", ""]
         return "\n".join(lines)
 
-    def violations(self, config: RunConfig, plan: PrivacyPlan | None) -> Iterator[str]:
+    def violations(
+        self, config: RunConfig, plan: PrivacyPlan | None, *, units: int | None = None
+    ) -> Iterator[str]:  # fmt: skip
         """In words, everything by which a run passes the limits; nothing here looks at a record.
 
         Args:
             plan: `None` before there is one: only the noise multiplier is not looked at.
+            units: that the site itself publishes; what a federation says of all sites together may be anything.
         """
         federation, private = config.federation, config.privacy.name != "none"
         if not private and not self.allow_no_privacy:
@@ -97,6 +100,8 @@ class SitePolicy(Section):
         if plan is not None and private and plan.noise_multiplier < self.min_noise_multiplier:
             yield f"its noise multiplier {plan.noise_multiplier:g} is below {self.min_noise_multiplier:g}"
         at_site = config.expected_batch_size / federation.sites
+        if units is not None:
+            at_site = min(at_site, config.privacy.sampling_rate * units)
         if at_site < self.min_expected_batch:
             yield f"it expects {at_site:.3g} units a step at a site, fewer than {self.min_expected_batch:g}"
         if config.privacy.sampling_rate > self.max_sampling_rate:

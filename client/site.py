@@ -59,7 +59,7 @@ from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.prompts import PromptPool
-from shared.records import RefusalCode, RoundInstruction, SiteReply, unpack_envelope
+from shared.records import HEAD_BYTES, RefusalCode, RoundInstruction, SiteReply, unpack_envelope
 from shared.text import CaptionEncoder, build_encoder
 
 MOST_PENDING = 100  # proposed runs that wait for a person; a server may think of new names for ever
@@ -108,6 +108,8 @@ class Site:
                 f"{folder / SETTINGS}: 'published-records' is missing",
                 hint="how many records the site says it has, rounded up: the work of a step is padded by it",
             )
+        if seed is None and not __debug__:
+            raise ConfigError("a deployed site does not run without assertions", hint="start Python without -O")
         self.entropy = entropy or (SystemEntropy() if seed is None else SeededEntropy(seed, self.site_id))
         self.account = SiteAccount(folder, store=folder / self.config.store, lineage=self.config.lineage)
         if self.account.ledger.lineage.simulated and not simulated:
@@ -154,11 +156,12 @@ class Site:
         if policy.code and RELEASE_CODE not in policy.code:
             raise SiteRefusal(RefusalCode.RELEASE, f"the policy does not allow the installed code {RELEASE_CODE}")
         plan = None if run is None else run.terms.plan
-        violations = list(policy.violations(config, plan))
+        units = self.config.published_records
+        violations = list(policy.violations(config, plan, units=units))
         if plan is None and not violations:
             # Only now: the plan of a run that the policy forbids (a million rounds) may take hours to compute.
             plan = _plan(config)
-            violations = list(policy.violations(config, plan))
+            violations = list(policy.violations(config, plan, units=units))
         if plan is None or violations:
             raise SiteRefusal(RefusalCode.POLICY, f"run {run_id} of {config.federation.name}: {'; '.join(violations)}")
         public = self._open_public(instruction, config, plan)
@@ -174,7 +177,8 @@ class Site:
         else:
             self._check_admitted(instruction, config, policy, run)
         length = payload_length(instruction, public)
-        if (envelope := account.stored_reply(instruction)) is not None:
+        envelope = account.stored_reply(instruction)
+        if envelope is not None and envelope[-HEAD_BYTES:].hex() in run.heads:  # else its charge is not in this ledger
             payload, head = unpack_envelope(envelope, length=length)
             reply = self._leave(Release(instruction, payload, head, length))
             account.ledger.resend(
@@ -209,9 +213,11 @@ class Site:
         """Rows of the padded work: as reserved, or more where this site has published more units since, or is not
         the site that reserved. Fewer would cut draws more often than the run's delta pays for.
         """
-        if run.terms.rows_cap is None or self.config.published_records is None:
+        published = self.config.published_records
+        if run.terms.rows_cap is None or published is None:
             return run.terms.rows_cap
-        return max(run.terms.rows_cap, padded_rows(run.terms.plan, run.price, self.config.published_records))
+        prices = [ledger.runs[run.terms.run].price for ledger in self.account.ledgers if run.terms.run in ledger.runs]
+        return max(run.terms.rows_cap, *(padded_rows(run.terms.plan, price, published) for price in prices))
 
     def _leave(self, release: Release) -> SiteReply:
         reply = build(release, site_id=self.site_id)
@@ -466,9 +472,10 @@ def padded_rows(plan: PrivacyPlan, price: Price, units: int) -> int:
     """Rows that each step is padded to: a larger draw of `units` has a probability within the price's delta.
 
     A draw that is larger all the same is cut. That changes what leaves with at most this probability a step, so
-    (epsilon, delta) holds with (1 + e^epsilon) times the sum over steps added to delta: `OVERFLOW_SHARE` of it.
+    (epsilon, delta) holds with (1 + e^epsilon) times the sum over steps added to delta: `Price.overflow` of it.
     """
-    probability = OVERFLOW_SHARE * price.delta / max(1, plan.reserved_steps) / (1 + math.exp(min(price.epsilon, 700.0)))
+    weight = 1 + math.exp(min(price.overflow_epsilon, 700.0))
+    probability = price.overflow / max(1, plan.reserved_steps) / weight
     rows = int(binom.isf(probability, units, plan.sampling_rate)) if probability > 1e-300 else units
     while rows < units and binom.sf(rows, units, plan.sampling_rate) > probability:
         rows += 1

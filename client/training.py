@@ -24,6 +24,7 @@ from shared.models import Discriminator, flat_parameters, load_flat_parameters
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
 from shared.moments import clipped_moment_sum, clipped_subject_moment_sum
 from shared.optimizers import build_optimizer, set_learning_rate
+from shared.privacy.arithmetic import BLOCK
 from shared.privacy.dpsgd import clipped_gradient_sum, noised_sum
 from shared.privacy.entropy import Entropy
 from shared.privacy.plan import PrivacyPlan
@@ -274,7 +275,7 @@ def draw_batch(
     near = np.flatnonzero(rng.random(len(chosen)) < config.discriminator.near_prompt_share)
     if len(near) and len(prompts) > 2:
         # Prompts that differ from the caption in one word teach what random ones, wrong in every word, do not.
-        likeness = captions[torch.from_numpy(near)] @ prompt_embeddings.t()  # (near, P)
+        likeness = _likeness(captions[torch.from_numpy(near)], prompt_embeddings)  # (near, P)
         known = own[near] >= 0
         likeness[torch.from_numpy(np.flatnonzero(known)), torch.from_numpy(own[near][known])] = -torch.inf
         count = min(config.discriminator.near_prompts, len(prompts) - 1)
@@ -285,6 +286,16 @@ def draw_batch(
         captions=captions.unflatten(0, slots.shape),
         wrong_prompts=prompt_embeddings[torch.from_numpy(wrong)].unflatten(0, slots.shape),
     )
+
+
+def _likeness(captions: Tensor, prompts: Tensor) -> Tensor:
+    """`(B, P)` products of `(B, E)` and `(P, E)`, in blocks of one shape.
+
+    Which prompts are nearest to a caption must not depend on what else was drawn, not even by a last bit that breaks a
+    tie: another wrong prompt is another gradient (PRIVACY rule 2).
+    """
+    full = torch.cat([captions, captions.new_zeros(-len(captions) % BLOCK, captions.shape[1])])
+    return torch.cat([block @ prompts.t() for block in full.split(BLOCK)])[: len(captions)]
 
 
 def _images_of_subjects(subject_rows: Sequence[np.ndarray], *, count: int, rng: np.random.Generator) -> np.ndarray:

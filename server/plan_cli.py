@@ -235,7 +235,7 @@ def _noise_table(found: Outlook) -> Iterator[str]:
     told = (
         f"Noise of a step: standard deviation in the sum over sites ({noise.step * largest:.3g}), over the largest sum"
         f" ({plan.expected_batch_size:,.0f} records x C = {largest:,.0f}). Signal of the run: square root of the steps,"
-        " over the noise of a step. The demo is `fedcanvas simulate demo`, where .85 of the pictures come out right."
+        " over the noise of a step. The demo is `fedcanvas simulate demo`, where .83 of the pictures come out right."
     )
     yield from textwrap.wrap(told, COLUMNS)
     yield ""

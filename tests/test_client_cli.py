@@ -27,7 +27,9 @@ from client.site import Site
 from shared.cli import run
 from shared.errors import LedgerError
 from shared.privacy.accounting import best_renyi_order
-from shared.privacy.ledger import Ledger
+from shared.privacy.budget import Lifetime, Price
+from shared.privacy.ledger import Ledger, Lineage, RunTerms
+from shared.privacy.plan import PrivacyPlan
 from shared.records import RefusalCode
 
 CAPTION = "an unmistakable crimson walrus"
@@ -309,6 +311,54 @@ def test_runs_of_overlapping_lineages_are_charged_in_both(
     # Closed in one is closed in both.
     printed(capsys, "deny", "two", "late")
     assert Ledger(store / "first").runs["late"].closed == Ledger(store / "second").runs["late"].closed is not None
+
+
+def test_an_overlap_that_was_cut_off_at_any_entry_is_finished_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    price = Price(1.0, 1e-6, None, ((0, 0.0, 0.0, 0.0), (10, 1.0, 1.0, 1.0)))
+    plan = PrivacyPlan(True, 30.0, 1.0, 1.0, 10.0, 5, 10, 1e-6, None, "example", 1)
+
+    def begin(ledger: Ledger, run: str) -> None:
+        with ledger.locked():
+            ledger.reserve(RunTerms(run, "f", "c" * 64, "d" * 64, "e" * 64, plan), price)
+            ledger.charge(
+                run, server_round=1, attempt=1, release="gradient", steps=3, instruction_digest="a" * 64,
+                nonce=bytes(16),
+            )  # fmt: skip
+
+    real, after = Ledger._append, 0
+    while True:
+        lineages = [Lineage(name, "example", Lifetime(100.0, 1e-3)) for name in "ab"]
+        a, b = (Ledger.create(tmp_path / str(after) / lineage.name, lineage) for lineage in lineages)
+        begin(b, "r1")
+        left = [after]
+
+        def cut(self: Ledger, kind: str, left: list[int] = left, **fields: Any) -> None:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            real(self, kind, **fields)
+
+        monkeypatch.setattr(Ledger, "_append", cut)
+        try:
+            client.enrolment.declare_overlaps(a, [b])
+            whole = True
+        except KeyboardInterrupt:
+            whole = False
+        monkeypatch.setattr(Ledger, "_append", real)
+        if whole:
+            break
+        a, b = (Ledger(tmp_path / str(after) / name) for name in "ab")
+        if "a" not in b.overlaps:
+            begin(b, "r2")  # alone, since it does not know better
+        client.enrolment.declare_overlaps(a, [b])
+        assert (a.overlaps, b.overlaps) == (["b"], ["a"])
+        assert {run: account.steps for run, account in a.runs.items()} == {
+            run: account.steps for run, account in b.runs.items()
+        }
+        after += 1
+    assert after == 4  # the run and its charge, and a note in each
 
 
 def test_an_overlap_whose_earlier_runs_do_not_fit_is_refused(

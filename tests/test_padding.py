@@ -18,7 +18,8 @@ import client.training
 from client.settings import OVERFLOW_SHARE
 from client.site import Site, padded_rows
 from shared.models import Discriminator
-from shared.privacy.budget import Lifetime, Price, price_run
+from shared.privacy.accounting import renyi_budget
+from shared.privacy.budget import Lifetime, Price, fits, price_run
 from shared.privacy.entropy import SeededEntropy
 from shared.privacy.plan import PrivacyPlan
 
@@ -44,7 +45,7 @@ def chance_of_more(than: int, *, units: int, q: Fraction) -> Fraction:
 def test_a_draw_beyond_the_padded_size_is_paid_for_by_a_thousandth_of_delta(
     units: int, q: Fraction, steps: int, epsilon: float, delta: float
 ) -> None:
-    plan, price = plan_of(q=float(q), steps=steps), Price(epsilon, delta, None)
+    plan, price = plan_of(q=float(q), steps=steps), Price(epsilon, delta, None, (), 1e-3 * delta, epsilon)
     rows = padded_rows(plan, price, units)
     # Each step's cut changes what leaves with that chance; at most (1 + e^epsilon) of it goes into delta.
     paid = [
@@ -56,7 +57,7 @@ def test_a_draw_beyond_the_padded_size_is_paid_for_by_a_thousandth_of_delta(
 
 
 def test_without_sampling_all_published_units_are_worked_for() -> None:
-    assert padded_rows(plan_of(q=1.0, steps=10), Price(1.0, 1e-6, None), 300) == 300
+    assert padded_rows(plan_of(q=1.0, steps=10), Price(1.0, 1e-6, None, (), 1e-9, 1.0), 300) == 300
 
 
 def test_the_price_of_a_padded_run_is_taken_at_the_delta_that_is_left() -> None:
@@ -67,6 +68,23 @@ def test_the_price_of_a_padded_run_is_taken_at_the_delta_that_is_left() -> None:
     expected = pld.get_epsilon(0.8 * price.delta)
     assert expected - 2e-3 <= price.epsilon <= expected + 0.02
     assert price.epsilon > pld.get_epsilon(price.delta) + 0.02
+
+
+def test_a_renyi_lifetime_pays_for_all_cut_draws_of_all_its_runs_together() -> None:
+    lifetime = Lifetime(8.0, 1e-6, "renyi", 5.0)
+    plan = plan_of(q=0.02, steps=20, sigma=4.0)
+    price, runs = price_run(plan, lifetime, overflow_share=OVERFLOW_SHARE), 0
+    while fits(price, [price] * runs, lifetime) and runs < 3000:
+        runs += 250
+    rows = padded_rows(plan, price, 400)
+    # One conversion at the end: cuts of all runs count against the lifetime's epsilon.
+    paid = float(chance_of_more(rows, units=400, q=Fraction(1, 50))) * 20 * (1 + math.exp(8.0)) * runs
+    assert runs >= 500
+    assert paid <= 1.3e-3 * 1e-6  # a thousandth of delta; the count of runs is in steps of 250
+    # And the divergences are converted at what is left of delta.
+    order = 5.0
+    bound = renyi_budget(8.0, 1e-6 * (1 - 1e-3), order=order)
+    assert lifetime.renyi_budget == pytest.approx(bound, rel=1e-12)
 
 
 def rows_seen(site: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[tuple[int, ...]]:

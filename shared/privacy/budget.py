@@ -38,6 +38,8 @@ from shared.privacy.plan import PrivacyPlan, epsilon_table
 FilterName = Literal["sum", "renyi"]
 EVEN_ENOUGH = 0.1  # shares of epsilon and delta that differ by less need no search
 SEARCH_STEPS = 20
+# Of a lifetime's delta, kept from a Renyi filter for draws that are cut; and of that, what one run may use of it.
+RENYI_OVERFLOW, RENYI_OVERFLOW_OF_RUN = 1e-3, 1e-6
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Lifetime:
     @property
     def renyi_budget(self) -> float:
         assert self.order is not None
-        return renyi_budget(self.max_epsilon, self.delta, order=self.order)
+        return renyi_budget(self.max_epsilon, self.delta * (1 - RENYI_OVERFLOW), order=self.order)
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,16 @@ class Price:
         epsilon, delta: of all its reserved releases; epsilon is the larger of PRV and PLD.
         renyi: divergence of the lifetime's order; `None` with sums.
         rows: (steps, PRV, PLD, RDP) at `delta`, ascending, the unsampled release included: epsilon on the way.
+        overflow: delta for draws beyond the padded size; with sums a part of `delta`, with the Renyi filter beside it.
+        overflow_epsilon: of the guarantee that it is added to: the run's with sums, the lifetime's with the filter.
     """
 
     epsilon: float
     delta: float
     renyi: float | None
     rows: tuple[tuple[int, float, float, float], ...] = ()
+    overflow: float = 0.0
+    overflow_epsilon: float = 0.0
 
     def epsilon_after(self, steps: int) -> float:
         """Of the run's first `steps` steps; never less than true, exact at the planned and the reserved number."""
@@ -101,7 +107,8 @@ def price_run(plan: PrivacyPlan, lifetime: Lifetime, *, overflow_share: float = 
     """What the run of `plan` costs a lineage; some seconds where the plan is new to this process.
 
     Args:
-        overflow_share: part of the price's delta that is kept for draws beyond the padded size.
+        overflow_share: part of the price's delta that is kept for draws beyond the padded size; 0 where nothing is
+            padded. The Renyi filter keeps a part of its own.
     """
     if not plan.private:
         return Price(math.inf, 0.0, math.inf if lifetime.filter == "renyi" else None)
@@ -114,7 +121,12 @@ def price_run(plan: PrivacyPlan, lifetime: Lifetime, *, overflow_share: float = 
         delta = _even_delta(plan, lifetime, kept)
     reports = epsilon_table(replace(plan, delta=delta * kept), plan.warm_start_noise_multiplier is not None).reports
     rows = tuple((report.steps, report.prv, report.pld, report.rdp) for report in reports)
-    return Price(reports[-1].epsilon, delta, renyi, rows)
+    epsilon, overflow, overflow_epsilon = reports[-1].epsilon, overflow_share * delta, reports[-1].epsilon
+    if lifetime.order is not None:
+        # Divergences are converted once, at the end: what is cut then counts against the whole lifetime's epsilon.
+        overflow = RENYI_OVERFLOW_OF_RUN * lifetime.delta if overflow_share else 0.0
+        overflow_epsilon = lifetime.max_epsilon
+    return Price(epsilon, delta, renyi, rows, overflow, overflow_epsilon)
 
 
 def query_plan(*, noise_multiplier: float, sensitivity: float, delta: float, unit: str) -> PrivacyPlan:
@@ -136,6 +148,9 @@ def fits(price: Price, reserved: Sequence[Price], lifetime: Lifetime) -> bool:
     """Whether the run and all that was reserved before stay within the lifetime; sums are exact."""
     if lifetime.order is not None:
         # A fraction of 1e-12 stands for the rounding of the divergences themselves.
+        cut = _exact_sum([p.overflow for p in (*reserved, price)])
+        if cut is None or cut > Fraction(repr(RENYI_OVERFLOW)) * Fraction(repr(lifetime.delta)):
+            return False
         total = _exact_sum([p.renyi or 0.0 for p in (*reserved, price)])
         return total is not None and total <= Fraction(lifetime.renyi_budget * (1 - 1e-12))
     epsilon = _exact_sum([p.epsilon for p in (*reserved, price)])

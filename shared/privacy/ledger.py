@@ -453,7 +453,10 @@ class Ledger:
             )  # fmt: skip
             renyi = None if entry["renyi"] is None else float(entry["renyi"])
             rows = tuple(tuple(row) for row in entry["rows"])
-            price = Price(float(entry["epsilon"]), float(entry["delta"]), renyi, rows)
+            price = Price(
+                float(entry["epsilon"]), float(entry["delta"]), renyi, rows, float(entry["overflow"]),
+                float(entry["overflow_epsilon"]),
+            )  # fmt: skip
             self.runs[terms.run] = RunAccount(terms, price, entry["seq"], entry["time"])
         elif kind == "charge":
             account = self.runs[entry["run"]]
