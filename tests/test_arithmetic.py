@@ -159,8 +159,13 @@ def hostile(discriminator: Discriminator, *, scale: float, rounded: bool, seed: 
         parameter.copy_(values.bfloat16().float() if rounded else values)
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e6, 1e12, 1e18])
+HOSTILE = [(scale, rounded) for scale in (1.0, 1e-12, 1e6, 1e12, 1e18) for rounded in (False, True)]
+ALWAYS = [(1.0, False), (1e18, True)]  # the others are slow together
+
+
+@pytest.mark.parametrize(
+    ("scale", "rounded"), [pytest.param(*case, marks=[] if case in ALWAYS else pytest.mark.slow) for case in HOSTILE]
+)
 @pytest.mark.parametrize("name", [*DISCRIMINATORS.names(), "cancelling"])
 def test_200_neighbours_move_the_sum_by_at_most_the_clip_under_hostile_weights(
     name: str, scale: float, rounded: bool

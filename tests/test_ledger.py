@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -237,15 +238,14 @@ def test_a_history_of_three_runs_is_recomputed_from_the_file_alone(ledger: Ledge
             spend(ledger, run, rounds=30)
 
     # Ten lines, and nothing of ours but the file.
-    whole, by_run = PLDAccountant(), {}
+    whole, by_run, counts = PLDAccountant(), {}, Counter()
     for entry in map(json.loads, (ledger.folder / "ledger.jsonl").read_text().splitlines()):
         if entry["kind"] == "charge":
-            event = GaussianDpEvent(entry["noise_multiplier"])
-            if entry["sampling_rate"] < 1:
-                event = PoissonSampledDpEvent(entry["sampling_rate"], event)
-            count = max(1, entry["steps"])
-            for accountant in (whole, by_run.setdefault(entry["run"], PLDAccountant())):
-                accountant.compose(event, count)
+            counts[entry["run"], entry["sampling_rate"], entry["noise_multiplier"]] += max(1, entry["steps"])
+    for (run, rate, noise), count in counts.items():
+        event = GaussianDpEvent(noise) if rate == 1 else PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
+        for accountant in (whole, by_run.setdefault(run, PLDAccountant())):
+            accountant.compose(event, count)
     history = [as_spent(account.terms.plan, account.steps) for account in ledger.runs.values()]
     assert composed_epsilon(history, delta=1e-5).epsilon == pytest.approx(whole.get_epsilon(1e-5), abs=2e-3)
     for run, account in ledger.runs.items():

@@ -145,6 +145,7 @@ def test_the_ten_site_scenarios_pass(name: str) -> None:
     assert outlook(SCENARIOS[name].config()).warnings == []
 
 
+@pytest.mark.slow
 def test_the_blood_smears_that_learned_nothing_are_warned_about() -> None:
     # docs/results.md: 364 images at two sites, epsilon 9.85 at delta 1e-3, noise multiplier 3.05, 200 rounds.
     config = full(
