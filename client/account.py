@@ -68,11 +68,9 @@ class SiteAccount:
             if name not in self._others:
                 anchor = self.folder / f"anchor-{name}.json"
                 known = anchor.exists()
-                other = self._others[name] = Ledger(self.store / name, anchor=anchor if known else None)
+                self._others[name] = Ledger(self.store / name, anchor=anchor if known else None)
                 if not known:  # noted at first use
-                    other.anchor = anchor
-                    with other.locked(fresh_anchor=True):
-                        pass
+                    self._others[name].renew_anchor(anchor)
         return [self.ledger, *(self._others[name] for name in self.ledger.overlaps)]
 
     @contextmanager

@@ -24,6 +24,7 @@ import typer
 
 from shared.cli import group_command, new_group, say, warn
 from shared.errors import ConfigError, FedCanvasError, LedgerError, PrivacyError, UsageError
+from shared.progress import StepProgress
 
 if TYPE_CHECKING:
     from client.account import ProposedRun, SiteAccount
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from shared.privacy.budget import Lifetime
     from shared.privacy.ledger import Ledger
 
-SECONDS_BETWEEN_LINES = 20.0
 RACE_SECONDS = 0.2
 TERMS_DIGITS = 12
 
@@ -140,7 +140,7 @@ def init(
 
     with whole_or_nothing(site_dir, place):
         site_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        dataset = open_as_training(data, cache_dir=site_dir / "cache", progress=_Progress("decoding pictures"))
+        dataset = open_as_training(data, cache_dir=site_dir / "cache", progress=StepProgress("decoding pictures"))
         figures = data_figures(dataset)
         chosen, why = choose_unit(figures, unit)
         units = figures.units(chosen)
@@ -233,7 +233,7 @@ def check_data(
             raise UsageError("--shares-records-with is about a site's lineage", hint="name the folder of a site")
         # No trace of the pictures beside data that belong to no site yet.
         with tempfile.TemporaryDirectory(prefix="fedcanvas-check-") as folder:
-            progress = _Progress("decoding pictures")
+            progress = StepProgress("decoding pictures")
             dataset = open_as_training(
                 site_dir, cache_dir=Path(folder), image_size=size, channels=depth, progress=progress
             )
@@ -286,15 +286,15 @@ def policy(site_dir: Site, as_json: AsJson = False) -> None:
     The words are read from policy.toml; edit that file to change them.
     """
     from client.policy import SitePolicy
-    from shared.tree import code_digest
+    from client.settings import RELEASE_CODE
 
     config, account = _open(site_dir)
     read = SitePolicy.read(site_dir)
-    ledger, installed = account.ledger, code_digest(Path(__file__).resolve().parents[1])
+    ledger = account.ledger
     counts = read.ceiling(ledger.lineage.lifetime)
     if as_json:
         _print_json({
-            "site": str(site_dir), "policy": read.model_dump(by_alias=True), "installed_code": installed,
+            "site": str(site_dir), "policy": read.model_dump(by_alias=True), "installed_code": RELEASE_CODE,
             "ceiling": {
                 "ledger": _lifetime_dict(ledger.lineage.lifetime), "policy": {"max_epsilon": read.max_epsilon,
                 "delta": read.delta}, "counts": _lifetime_dict(counts),
@@ -309,10 +309,10 @@ def policy(site_dir: Site, as_json: AsJson = False) -> None:
         f"  - The ledger's own ceiling is epsilon {lifetime.max_epsilon:g} at delta {lifetime.delta:.0e}, the policy's"
         f" is {read.max_epsilon:g} at {read.delta:.0e}; the lower one counts. {_left_words(account, counts)}"
     )
-    if read.code and installed not in read.code:
+    if read.code and RELEASE_CODE not in read.code:
         lines.append(
-            f"  - NOTHING IS ANSWERED NOW: the installed code {installed[:12]} is not in the policy's list. When you"
-            f' trust this release, put "{installed}" into `code` of policy.toml.'
+            f"  - NOTHING IS ANSWERED NOW: the installed code {RELEASE_CODE[:12]} is not in the policy's list. When you"
+            f' trust this release, put "{RELEASE_CODE}" into `code` of policy.toml.'
         )
     if ledger.overlaps:
         lines.append(f"  - Each run is charged to lineages that share records too: {', '.join(ledger.overlaps)}.")
@@ -664,9 +664,7 @@ def _renew_anchor(site_dir: Path, *, yes: bool, as_json: bool) -> None:
         say(f"The ledger has {_lines_words(len(opened.entries))}; the last is of {opened.entries[-1]['time']}.")
         if not yes:
             _confirm("renew", "to trust this ledger as it is, type: renew")
-        opened.anchor = site_dir / ANCHOR
-        with opened.locked(fresh_anchor=True):
-            pass
+        opened.renew_anchor(site_dir / ANCHOR)
         text = f"the anchor is renewed: entry {len(opened.entries) - 1}, head {opened.head}"
         log(site_dir, f"incident: by hand, {text}")
     if as_json:
@@ -766,7 +764,7 @@ def _open_data(config: SiteConfig, site_dir: Path, cache: Path, size: int, chann
 
     return open_as_training(
         site_dir / config.data, cache_dir=cache, image_size=size, channels=channels,
-        progress=_Progress("decoding pictures"),
+        progress=StepProgress("decoding pictures"),
     )  # fmt: skip
 
 
@@ -960,9 +958,9 @@ def _print(lines: Sequence[str]) -> None:
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    from client.spending import finite
+    from shared.plain import plain
 
-    typer.echo(json.dumps(finite(content), ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(plain(content), ensure_ascii=False, allow_nan=False))
 
 
 def _printable(text: str) -> str:
@@ -994,20 +992,3 @@ def _write(file: Path, content: bytes, *, replace: bool) -> None:
         write_note(file, content, durable=True)
     except LedgerError as error:
         raise FedCanvasError(error.message, hint="free space, or name another file") from None
-
-
-class _Progress:
-    """(done, total) on stderr: in place on a terminal, a line now and then in a log."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self._told = what, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now, finished = time.monotonic(), done >= total
-        if sys.stderr.isatty():
-            if finished or now - self._told > 0.1:
-                self._told = now
-                print(f"\r{self.what}: {done} of {total}", end="\n" if finished else "", file=sys.stderr, flush=True)
-        elif finished or now - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = now
-            say(f"{self.what}: {done} of {total}")

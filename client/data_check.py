@@ -16,10 +16,9 @@ from typing import Any
 
 from client.policy import Unit
 from shared.config import DataConfig
-from shared.data import ImageCaptionDataset, open_dataset
+from shared.data import SUBJECT_ID, ImageCaptionDataset, open_dataset
 from shared.errors import DataError
 
-SUBJECT_ID = "subject_id"
 LINES_SHOWN = 5
 
 Progress = Callable[[int, int], None]

@@ -73,9 +73,7 @@ def create_site(
         if digests:
             keep_digests(digests, store, lineage.name)  # a ledger whose records are unknown would let others share them
         ledger = Ledger.create(place, lineage)
-    ledger.anchor = folder / ANCHOR
-    with ledger.locked(fresh_anchor=True):
-        pass
+    ledger.renew_anchor(folder / ANCHOR)
     if others:
         declare_overlaps(ledger, others)
     write_note(folder / POLICY, policy.to_toml(), durable=durable)

@@ -7,15 +7,14 @@ Not here: what has been spent (`shared.privacy.ledger`); of the ceilings there a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from shared.config import RunConfig, Section, read_toml
+from shared.config import RunConfig, Section, read_section, toml_value
 from shared.errors import ConfigError
 from shared.privacy.budget import Lifetime
 from shared.privacy.plan import PrivacyPlan
@@ -66,14 +65,7 @@ class SitePolicy(Section):
             raise ConfigError(
                 f"{folder} has no {FILE}, and without one nothing is allowed", hint="`fedcanvas client init` writes it"
             )
-        try:
-            return cls.model_validate(read_toml(path))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part).replace("_", "-") for part in first["loc"])
-            known = ", ".join(name.replace("_", "-") for name in cls.model_fields)
-            hint = f"known: {known}" if first["type"] == "extra_forbidden" else None
-            raise ConfigError(f"{path}: '{place}': {first['msg'].lower()}", hint=hint) from None
+        return read_section(cls, path)
 
     def to_toml(self) -> str:
         lines = ["# What a federation may do at this site. `fedcanvas client policy` reads it to you in words.", ""]
@@ -82,7 +74,7 @@ class SitePolicy(Section):
             key = name.replace("_", "-")
             lines.append(f"# {field.description}")
             value = values[key]
-            lines += [f"# {key} =" if value is None else f"{key} = {_toml(value)}", ""]
+            lines += [f"# {key} =" if value is None else f"{key} = {toml_value(value)}", ""]
         return "\n".join(lines)
 
     def violations(
@@ -167,9 +159,3 @@ class SitePolicy(Section):
             " predict; a release that is not charged in the ledger first.",
         ]
         return lines
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, float):
-        return repr(value)  # inf and exponents are written alike in Python and TOML
-    return json.dumps(value, ensure_ascii=False)

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from traceback import extract_tb
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from shared.config import Section, read_toml
+from shared.config import Section, read_section, toml_value
 from shared.errors import ConfigError, FedCanvasError
 from shared.privacy.ledger import write_note
 from shared.records import NAME, RefusalCode
@@ -52,17 +52,12 @@ class SiteConfig(Section):
         path = folder / SETTINGS
         if not path.is_file():
             raise ConfigError(f"{folder} is no site: it has no {SETTINGS}", hint="name the folder of one site")
-        try:
-            return cls.model_validate(read_toml(path))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part).replace("_", "-") for part in first["loc"])
-            raise ConfigError(f"{path}: '{place}': {first['msg'].lower()}") from None
+        return read_section(cls, path)
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         values = self.model_dump(by_alias=True, exclude_none=True)
-        lines = [f"{name} = {_toml(value)}\n" for name, value in values.items()]
+        lines = [f"{name} = {toml_value(value)}\n" for name, value in values.items()]
         write_note(folder / SETTINGS, "".join(lines), durable=self.simulated_seed is None)
 
 
@@ -74,23 +69,18 @@ def log_exception(folder: Path, error: BaseException) -> None:
 
 
 def log(folder: Path, text: str) -> None:
-    try:
-        descriptor = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(text.split())}\n")
-    except OSError:
-        pass  # a full disk must not decide whether a site answers
+    _append_line(folder / LOG, f"{datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(text.split())}")
 
 
 def note_refusal(folder: Path, code: RefusalCode, run: str, server_round: int) -> None:
-    """A line that a refusal left, for the receipts; as with the log, a full disk decides nothing."""
+    """A line that a refusal left, for the receipts."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     line = {"time": now, "code": code.value, "run": run, "server_round": server_round}
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder / REFUSALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    _append_line(folder / REFUSALS, json.dumps(line))
+
+
+def _append_line(path: Path, line: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not decide whether a site answers
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _toml(value: str | float) -> str:
-    return json.dumps(value, ensure_ascii=False)
+            file.write(f"{line}\n")

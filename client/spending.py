@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -258,15 +257,6 @@ def percent(share: float) -> str:
     """Of `best_guess`, in words: rounded up, and never to 100 %, which would be certainty."""
     percent = math.ceil(share * 10_000 - 1e-9) / 100
     return f"{percent:g} %" if percent < 100 else "more than 99.99 %"
-
-
-def finite(value: Any) -> Any:
-    """`value` for JSON: an infinite number as the text "inf"."""
-    if isinstance(value, dict):
-        return {str(name): finite(inner) for name, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _state(account: RunAccount) -> RunState:

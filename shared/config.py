@@ -14,7 +14,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -37,6 +37,9 @@ class Section(BaseModel):
         validate_by_alias=True,
         allow_inf_nan=False,
     )
+
+
+SectionKind = TypeVar("SectionKind", bound=Section)
 
 
 class DataConfig(Section):
@@ -286,6 +289,25 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def read_section(kind: type[SectionKind], path: Path) -> SectionKind:
+    """The one section that a TOML file holds; `ConfigError` with file and key where something else stands there."""
+    try:
+        return kind.model_validate(read_toml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(_dashed(str(part)) for part in first["loc"])
+        known = ", ".join(map(_dashed, kind.model_fields))
+        hint = f"known: {known}" if first["type"] == "extra_forbidden" else None
+        raise ConfigError(f"{path}: '{place}': {first['msg'].lower()}", hint=hint) from None
+
+
+def toml_value(value: object) -> str:
+    """A text, number, truth value or list of them, as TOML writes it."""
+    if isinstance(value, float):
+        return repr(value)  # inf and exponents are written alike in Python and TOML
+    return json.dumps(value, ensure_ascii=False)
 
 
 def flatten_table(table: Mapping[str, Any]) -> dict[str, Scalar]:

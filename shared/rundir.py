@@ -26,7 +26,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -41,7 +40,9 @@ import numpy as np
 
 from shared import __version__
 from shared.config import RunConfig
+from shared.disk import fsync_file, fsync_folder
 from shared.errors import BudgetExhausted, RunDirectoryError
+from shared.plain import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +128,7 @@ class RunDirectory:
                     write_whole(building / name, to_json(content))
                 write_whole(building / MANIFEST, to_json(manifest))
                 building.rename(path)
-                _fsync_folder(path.parent)
+                fsync_folder(path.parent)
             finally:
                 os.close(lock)
         except OSError as error:
@@ -341,7 +342,7 @@ class RunDirectory:
 
         events = self.path / "events.jsonl"
         if events.exists():
-            _fsync_file(events)
+            fsync_file(events)
         tensors: dict[str, Tensor] = {}
         tree = _to_tree(state, tensors)
         about = {
@@ -471,7 +472,7 @@ class RunDirectory:
     def _append(self, name: str, line: Mapping[str, Any], *, durable: bool) -> None:
         assert self._lock is not None, "opened for reading"
         path = self.path / name
-        content = (json.dumps(_plain(line), ensure_ascii=False) + "\n").encode()
+        content = (json.dumps(plain(line), ensure_ascii=False) + "\n").encode()
         try:
             appeared = not path.exists()
             with path.open("ab", buffering=0) as file:
@@ -479,7 +480,7 @@ class RunDirectory:
                 if durable:
                     os.fsync(file.fileno())
             if durable and appeared:
-                _fsync_folder(self.path)
+                fsync_folder(self.path)
         except OSError as error:
             raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -580,7 +581,7 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> Path:
                 os.fsync(file.fileno())
         temporary.rename(path)
         if durable:
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
     return path
@@ -588,7 +589,7 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> Path:
 
 def to_json(content: Any) -> bytes:
     """Indented JSON that every reader takes; an infinite number is written as the string "inf"."""
-    return (json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def current_versions() -> dict[str, str]:
@@ -600,18 +601,6 @@ def current_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def _about(content: Mapping[str, Any]) -> dict[str, str]:
@@ -689,15 +678,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _fsync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fsync_folder(path: Path) -> None:
-    _fsync_file(path)

@@ -308,7 +308,7 @@ def _prompts_beside(data: Sequence[Path]) -> PromptPool:
 
 def _made_shapes(out: Path, count: int, seed: int, config: RunConfig) -> Path:
     """The captioned shapes of a scenario, made once beside the runs; a later run finds them."""
-    from simulations.progress import StepProgress
+    from shared.progress import StepProgress
     from simulations.shapes import make_shapes
 
     size = config.data.image_size
@@ -325,7 +325,7 @@ def _sites_folder(out: Path) -> Path:
 
 def _open_data(out: Path, job: Job, config: RunConfig) -> list[ImageCaptionDataset]:
     from shared.data import open_dataset
-    from simulations.progress import StepProgress
+    from shared.progress import StepProgress
 
     datasets = []
     for path in job.data:
@@ -347,7 +347,7 @@ def _open_data(out: Path, job: Job, config: RunConfig) -> list[ImageCaptionDatas
 
 def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDataset | None:
     from shared.data import open_dataset
-    from simulations.progress import StepProgress
+    from shared.progress import StepProgress
 
     if job.reference is None:
         return None

@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from shared.cli import say
+from shared.progress import SECONDS_BETWEEN_LINES
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-SECONDS_BETWEEN_LINES = 20.0
 MEMORY = 0.9  # of the moving average of a round's seconds
 
 
@@ -70,24 +70,6 @@ class RunProgress:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             say(text)
-
-
-class StepProgress:
-    """The same for one step that counts things, such as decoding pictures: `StepProgress("drawing")(done, total)`."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self._told = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now, finished = time.monotonic(), done >= total
-        if sys.stderr.isatty():
-            if finished or now - self._told > 0.1:
-                self._told = now
-                print(f"\r{self.what}: {done} of {total}", end="\n" if finished else "", file=sys.stderr, flush=True)
-        elif finished or now - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = now
-            say(f"{self.what}: {done} of {total}")
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from toy_federation import PROMPTS
+from toy_federation import PROMPTS, toy_config
 
 from client.site import Site, SiteRefusal
 from shared.config import RunConfig
@@ -17,6 +17,9 @@ CHEAP = {"privacy.target-epsilon": 2.0, "privacy.sampling-rate": 1.0}  # without
 OPEN = {"max_sampling_rate": 1.0}  # and the policy that it needs
 
 
+CONFIG = toy_config({**CHEAP, "privacy.retry-slack": 3})  # 4 rounds, so 7 reserved steps
+
+
 def instruction(config: RunConfig, **changes: Any) -> RoundInstruction:
     usual = RoundInstruction(
         run_id="run", kind="train", server_round=1, attempt=1, config_json=config.to_json(),
@@ -24,6 +27,10 @@ def instruction(config: RunConfig, **changes: Any) -> RoundInstruction:
         weights=flat_parameters(build_discriminator(config, embedding_dim=config.text.dim)),
     )  # fmt: skip
     return dataclasses.replace(usual, **changes)
+
+
+def round_of(server_round: int = 1, **changes: Any) -> RoundInstruction:
+    return instruction(CONFIG, server_round=server_round, **changes)
 
 
 def ask(site: Path, config: RunConfig, **changes: Any) -> RefusalCode | None:

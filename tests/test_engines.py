@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deployed_site import instruction
 from flwr.app import Context, Message, RecordDict
-from test_site import instruction
 from toy_federation import PROMPTS, make_run, make_sites, toy_config
 
 import client.site

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deployed_site import CHEAP, OPEN, instruction
+from deployed_site import CHEAP, CONFIG, OPEN, instruction, round_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
@@ -62,7 +62,6 @@ from shared.records import (
     unpack_envelope,
 )
 
-CONFIG = toy_config({**CHEAP, "privacy.retry-slack": 3})  # 4 rounds, so 7 reserved steps
 MODEL = build_discriminator(CONFIG, embedding_dim=CONFIG.text.dim)
 SIZE = parameter_count(MODEL)
 FAKES = FakeBank(np.zeros((8, 8, 8, 3), np.uint8), np.zeros(8, np.int32))
@@ -95,10 +94,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     real = client.site.open_dataset
     monkeypatch.setattr(client.site, "open_dataset", lambda *a, **k: (seen.append(a), real(*a, **k))[1])
     return seen
-
-
-def round_of(server_round: int = 1, **changes: Any) -> RoundInstruction:
-    return instruction(CONFIG, server_round=server_round, **changes)
 
 
 def sent(site: Path, asked: RoundInstruction | RecordDict, *, kind: str = "train") -> RecordDict:

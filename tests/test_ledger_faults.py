@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployed_site import CHEAP, OPEN, instruction
-from toy_federation import make_sites, toy_config, toy_policy
+from deployed_site import CONFIG, OPEN, instruction, round_of
+from toy_federation import make_sites, toy_policy
 
 import client.site
 import shared.privacy.ledger as module
@@ -42,12 +42,7 @@ from shared.privacy.plan import PrivacyPlan
 from shared.records import RefusalCode, RoundInstruction
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = toy_config({**CHEAP, "privacy.retry-slack": 3})  # 4 rounds, so 7 reserved steps
 LEDGER, REPLY = "lineages/of-site-0/ledger.jsonl", "replies/run.reply"
-
-
-def round_of(server_round: int = 1, **changes: Any) -> RoundInstruction:
-    return instruction(CONFIG, server_round=server_round, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -836,10 +831,8 @@ def test_a_lost_anchor_stops_the_site_until_a_person_renews_it(content: str | No
     assert "--renew-anchor" in str(refused.value.hint)
     with reopened(ledger, anchor=False).locked():
         pass
-    fresh = reopened(ledger, anchor=False)
-    fresh.anchor = ledger.anchor
-    with fresh.locked(fresh_anchor=True):
-        pass
+    assert ledger.anchor is not None
+    reopened(ledger, anchor=False).renew_anchor(ledger.anchor)
     assert reopened(ledger).runs["run"].charges == 2
 
 

@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deployed_site import instruction
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from toy_federation import COLOURS, PROMPTS, make_sites, toy_config
+from toy_federation import COLOURS, make_sites, toy_config
 
 import client.app
 import client.site
 from client.app import make_app
 from client.settings import SiteConfig
 from client.site import Site, SiteRefusal, open_site
-from shared.config import RunConfig
 from shared.errors import ConfigError
 from shared.fakes import FakeBank
-from shared.models import build_discriminator, flat_parameters
 from shared.moments import moment_size
 from shared.privacy.entropy import SystemEntropy
 from shared.records import (
@@ -46,20 +45,6 @@ def flower_process():
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     yield
     client.site._SITES.clear()
-
-
-def instruction(config: RunConfig, **changes: Any) -> RoundInstruction:
-    usual = RoundInstruction(
-        run_id="run",
-        kind="train",
-        server_round=1,
-        attempt=1,
-        config_json=config.to_json(),
-        config_digest=config.digest,
-        prompts=PROMPTS.texts,
-        weights=flat_parameters(build_discriminator(config, embedding_dim=config.text.dim)),
-    )
-    return dataclasses.replace(usual, **changes)
 
 
 def set_rows(folder: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shared.disk import fsync_folder
+
 
 @contextmanager
 def whole_folder(target: Path, *, is_whole: Callable[[Path], bool] = Path.exists) -> Iterator[Path | None]:
@@ -38,7 +40,7 @@ def whole_folder(target: Path, *, is_whole: Callable[[Path], bool] = Path.exists
         try:
             yield draft
             draft.rename(target)
-            _flush_folder(target.parent)
+            fsync_folder(target.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     finally:
@@ -60,11 +62,3 @@ def _acquire(path: Path) -> int:
             os.close(lock)
             raise
         os.close(lock)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,7 +27,6 @@ from typing import Literal
 from shared.errors import PrivacyError
 from shared.privacy.accounting import (
     SMALLEST_DELTA,
-    EpsilonReport,
     Spent,
     estimated_epsilon,
     renyi_budget,
@@ -193,15 +192,6 @@ def steps_that_fit(price: Price, reserved: Sequence[Price], lifetime: Lifetime) 
         return 0
     place = bisect_right(price.rows, left.epsilon, key=lambda row: max(row[1:3]))
     return price.rows[place - 1][0] if place else 0
-
-
-def spent_report(price: Price, plan: PrivacyPlan, steps: int) -> EpsilonReport:
-    """The accountants' figures after `steps`, at the price's delta."""
-    if not plan.private:
-        return EpsilonReport.no_privacy(delta=plan.delta, steps=steps, unit=plan.unit)
-    place = min(bisect_left(price.rows, steps, key=lambda row: row[0]), len(price.rows) - 1)
-    at, prv, pld, rdp = price.rows[place]
-    return EpsilonReport(prv, pld, rdp, price.delta, at, plan.unit)
 
 
 @lru_cache(maxsize=64)

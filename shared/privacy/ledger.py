@@ -30,7 +30,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shared.disk import fsync_folder
 from shared.errors import BudgetExhausted, LedgerError
+from shared.plain import plain
 from shared.privacy.accounting import ADJACENCY
 from shared.privacy.budget import (
     Left,
@@ -174,7 +176,7 @@ class Ledger:
             (folder / FILE).unlink(missing_ok=True)  # a first line that a crash left unfinished
             ledger._append(
                 "opened", format=FORMAT, lineage=lineage.name, unit=lineage.unit, adjacency=ADJACENCY,
-                simulated=lineage.simulated, nonce=os.urandom(16).hex(), **_lifetime_fields(lineage.lifetime),
+                simulated=lineage.simulated, nonce=os.urandom(16).hex(), **asdict(lineage.lifetime),
             )  # fmt: skip
             ledger._write_anchor()
             ledger._locked = False
@@ -209,18 +211,11 @@ class Ledger:
             self._check_anchor()
 
     @contextmanager
-    def locked(self, *, wait_seconds: float = LOCK_SECONDS, fresh_anchor: bool = False) -> Iterator[None]:
-        """The right to write, for one message: `LedgerError` when another process keeps it longer than the wait.
-
-        Args:
-            fresh_anchor: trusts the ledger as it is now and notes its end in the anchor; only a person decides that.
-        """
+    def locked(self, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """The right to write, for one message: `LedgerError` when another process keeps it longer than the wait."""
         with _lock(self.folder, wait_seconds):
             self._locked = True
             try:
-                if fresh_anchor:
-                    self.refresh(check_anchor=False)
-                    self._write_anchor()
                 self.refresh()
                 try:
                     yield
@@ -367,7 +362,7 @@ class Ledger:
             entry["clock_behind"] = now  # spending does not depend on clocks; the order of entries is what counts
         if kind == "commit":
             entry["time"] = last
-        body = json.dumps(_plain(entry), separators=(",", ":"), sort_keys=True)[1:].encode()
+        body = json.dumps(plain(entry), separators=(",", ":"), sort_keys=True)[1:].encode()
         line = HEAD + hashlib.sha256(body).hexdigest().encode() + b'",' + body + b"\n"
         durable = not self.lineage.simulated
         try:
@@ -390,7 +385,7 @@ class Ledger:
             finally:
                 os.close(descriptor)
             if appeared and durable:
-                _fsync_folder(self.folder)
+                fsync_folder(self.folder)
         except OSError as error:
             self._state = None  # what is on disk now is read again before anything else is decided
             raise _unwritable(self.path, error) from None
@@ -484,6 +479,16 @@ class Ledger:
 
     # ---- the anchor
 
+    def renew_anchor(self, anchor: Path) -> None:
+        """Trusts the ledger as it is now and notes its end in `anchor`, which is checked from then on.
+
+        For a site's first look at a ledger; later only a person decides that.
+        """
+        with _lock(self.folder, LOCK_SECONDS):
+            self.refresh(check_anchor=False)
+            self.anchor = anchor
+            self._write_anchor()
+
     def _check_anchor(self) -> None:
         if self.anchor is None:
             return
@@ -524,7 +529,7 @@ def make_folder(path: Path, *, durable: bool) -> None:
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         if durable:
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -542,7 +547,7 @@ def write_note(path: Path, content: str | bytes, *, durable: bool) -> None:
             os.close(descriptor)
         temporary.replace(path)
         if durable:
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -585,28 +590,8 @@ def _write_all(descriptor: int, content: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lifetime_fields(lifetime: Lifetime) -> dict[str, Any]:
-    return asdict(lifetime)
-
-
 def _lifetime(entry: Mapping[str, Any]) -> Lifetime:
     return Lifetime(float(entry["max_epsilon"]), float(entry["delta"]), entry["filter"], entry["order"])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _edited(path: Path, place: int) -> LedgerError:
