@@ -6,17 +6,22 @@ it, the sites and the prompts in the run config. Sees released sums and public p
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.evaluation import write_samples
+from server.quality import QualityProbe, as_event
 from server.rounds import Outcome, run_rounds
 from server.training import ServerTraining
 from shared.config import RunConfig, Scalar
-from shared.errors import ConfigError
+from shared.data import open_dataset
+from shared.data.source import Split
+from shared.errors import ConfigError, DataError
 from shared.observer import Observer, SilentObserver
 from shared.privacy.plan import make_plan
 from shared.prompts import PromptPool
@@ -26,12 +31,25 @@ from shared.tree import check_same_tree
 
 HOME = check_same_tree(__file__)
 
+REFERENCE = "reference.json"  # in the run directory: a `ReferencePlace`
+
 # Keys of `[tool.flwr.app.config]` beside the settings of `RunConfig`: where things are on this machine.
 PLACES = {
     "simulation.run-dir": "the run directory: made, or resumed where it exists",
     "simulation.sites": "the folder that holds one folder a site",
     "simulation.prompts": "the file of public prompts",
+    "simulation.reference": "a public reference set, for figures during training",
 }
+OPTIONAL = ("simulation.reference",)
+
+
+@dataclass(frozen=True)
+class ReferencePlace:
+    """Where the public reference set lies on the server, and where what is learned from it is kept."""
+
+    path: str
+    split: Split
+    cache_dir: str
 
 
 def serve(grid: Grid, rundir: RunDirectory, observer: Observer) -> Outcome:
@@ -40,8 +58,17 @@ def serve(grid: Grid, rundir: RunDirectory, observer: Observer) -> Outcome:
     plan, encoder = make_plan(config), build_encoder(config.text)
     training = ServerTraining(config, plan, prompts, encoder)
 
+    probe = _probe(rundir, observer)
+
     def evaluate(server_round: int) -> None:
         observer.on_sample(server_round, write_samples(training, rundir, server_round))
+        if probe is not None:
+            started, count = time.monotonic(), config.evaluation.round_samples
+            found = probe.measure(
+                lambda texts, seed, indices: training.samples(texts, seed=seed, indices=indices), prompts.texts, count
+            )
+            rundir.append_event({"server_round": server_round, "quality": as_event(found, count)})
+            rundir.append_timing(server_round, time.monotonic() - started, of="quality")
 
     outcome = run_rounds(
         grid, config=config, plan=plan, training=training, rundir=rundir, prompts=prompts, observer=observer,
@@ -58,6 +85,25 @@ def serve(grid: Grid, rundir: RunDirectory, observer: Observer) -> Outcome:
         generator=training.ema_generator.state_dict(), discriminator=training.discriminator.state_dict(), card=card
     )
     return outcome
+
+
+def _probe(rundir: RunDirectory, observer: Observer) -> QualityProbe | None:
+    """What measures during training; `None` where no public reference set was named or no pictures are wanted.
+
+    Raises:
+        DataError: the reference set is not there any more.
+    """
+    if rundir.config.evaluation.round_samples == 0 or not (rundir.path / REFERENCE).is_file():
+        return None
+    place = ReferencePlace(**rundir.read_json(REFERENCE))
+    try:
+        dataset = open_dataset(
+            Path(place.path), config=rundir.config.data, cache_dir=Path(place.cache_dir), split=place.split
+        )
+        return QualityProbe(dataset, cache_dir=Path(place.cache_dir), progress=observer.on_message)
+    except DataError as error:
+        observer.on_message(f"no figures during training: {error.message}")
+        return None
 
 
 def make_app(rundir: RunDirectory, observer: Observer, done: Callable[[Outcome], None]) -> ServerApp:
@@ -77,13 +123,17 @@ def open_run(run_config: Mapping[str, Scalar]) -> RunDirectory:
     config = RunConfig.from_flat(settings, origin="run config")
     places = {key: str(run_config.get(key) or "") for key in PLACES}
     for key, meaning in PLACES.items():
-        if not places[key]:
+        if not places[key] and key not in OPTIONAL:
             raise ConfigError(f"run config: '{key}' is missing", hint=f"name {meaning} with --run-config")
     path = Path(places["simulation.run-dir"])
     prompts = PromptPool.from_file(Path(places["simulation.prompts"]))
     if RunDirectory.exists(path):
         return RunDirectory.resume(path, config=config, prompts=prompts.texts)
-    return RunDirectory.create(path, config=config, prompts=prompts.texts, entropy="seeded")
+    documents = {}
+    if reference := places["simulation.reference"]:
+        cache = str(path.parent / ".fedcanvas-reference")
+        documents[REFERENCE] = asdict(ReferencePlace(reference, test_split(Path(reference)), cache))
+    return RunDirectory.create(path, config=config, prompts=prompts.texts, entropy="seeded", documents=documents)
 
 
 app = ServerApp()

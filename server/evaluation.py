@@ -1,22 +1,19 @@
-"""Pictures and figures of what was learned, from public prompts and a public reference set: they cost no privacy.
+"""Pictures of what was learned, from public prompts, beside real ones of a public reference set: no privacy cost.
 
-Not here: a look at any site's images, and the choice between models (PRIVACY rule 16).
+Not here: a look at any site's images, the choice between models (PRIVACY rule 16), and figures (`server.evaluator`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from server.sheet import SheetCell, contact_sheet
 from server.training import ServerTraining, sample
 from shared.data import ImageCaptionDataset
-from shared.errors import DataError
-from shared.metrics import METRICS
 from shared.rundir import GeneratorModel, RunDirectory
 
 SAMPLE_SEED = 0  # of pictures that are shown; the same latents in every sheet, so that rounds can be compared
@@ -61,29 +58,6 @@ def final_sheet(model: GeneratorModel, reference: ImageCaptionDataset | None, *,
     return contact_sheet(cells, title=title, notes=notes)
 
 
-def measure(
-    model: GeneratorModel, reference: ImageCaptionDataset, *, cache_dir: Path | None, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Every metric that the reference set allows, by name; a text with the reason where it does not.
-
-    `evaluation.samples` pictures, evenly over the public prompts.
-    """
-    count = model.config.evaluation.samples
-    asked = [model.prompts[place % len(model.prompts)] for place in range(count)]
-    images: np.ndarray | None = None
-    figures: dict[str, Any] = {}
-    for name in METRICS.names():
-        try:
-            metric = METRICS.get(name).prepare(reference, cache_dir=cache_dir, progress=progress)
-            if images is None:
-                # Other latents than those on the sheet, so that the figure is not about the pictures shown.
-                images = pictures(model, asked, seed=SAMPLE_SEED + 1, indices=range(count))
-            figures[name] = metric.measure(images, asked)
-        except DataError as error:
-            figures[name] = {"not_measured": error.message}
-    return figures
-
-
 def pictures(model: GeneratorModel, prompts: Sequence[str], *, seed: int, indices: Sequence[int]) -> np.ndarray:
     """`(N, H, W, C)` uint8: prompt i with the latents of (seed, indices[i])."""
     different = list(dict.fromkeys(prompts))
@@ -96,12 +70,3 @@ def shown_prompts(prompts: Sequence[str], count: int) -> list[str]:
     """At most `count` of them, in their order, chosen by their SHA-256: an even step could miss a whole colour."""
     chosen = set(sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count])
     return [prompt for prompt in prompts if prompt in chosen]
-
-
-def accuracy_rows(figures: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
-    """(attribute, generated, real, chance) of the caption accuracy, "all" last; empty where it was not measured."""
-    accuracy = figures.get("caption-accuracy", {})
-    return [
-        (name, value, accuracy["held_out_real"][name], accuracy["chance"][name])
-        for name, value in accuracy.get("accuracy", {}).items()
-    ]

@@ -41,6 +41,8 @@ COMMANDS = {
     "simulate": LazyCommand("simulations.cli:simulate", "train a private federation on this machine, sites and all"),
     "plan": LazyCommand("server.plan_cli:plan", "before anyone joins: what a run costs, whether it can learn"),
     "generate": LazyCommand("server.cli:generate", "pictures from prompts, by the model of a finished run"),
+    "evaluate": LazyCommand("server.evaluate_cli:evaluate", "figures of a finished run, against public pictures"),
+    "compare": LazyCommand("server.evaluate_cli:compare", "evaluated runs side by side: which differences are real"),
     "report": LazyCommand("server.cli:report", "one HTML file about a run: curves, samples, epsilon"),
     "client": LazyCommand("client.cli:client", "a site's own say: data, policy, runs, ledger, receipts"),
 }

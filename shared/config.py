@@ -178,7 +178,8 @@ class WarmStartConfig(Section):
 
 
 class EvaluationConfig(Section):
-    every: int = Field(50, ge=1, description="Rounds between samples and checkpoints of metrics.")
+    every: int = Field(50, ge=1, description="Rounds between samples, and between figures during training.")
+    round_samples: int = Field(384, ge=0, le=100_000, description="Pictures of those figures; 0 = none are measured.")
     samples: int = Field(1920, ge=1, le=1_000_000, description="Pictures of the final attribute accuracy.")
 
 

@@ -5,11 +5,13 @@
     events.jsonl       public figures of every round; no clock in it, so that equal runs have equal files
     sites.json         heads of the run in the sites' ledgers, as last replies carried them, and who left and why
     timings.jsonl      seconds of every round, never compared, never cut
+    reference.json     where the public reference set lies on the server, if there is one
     checkpoints/       round-00050.safetensors, the last two
     releases/          noised sums that arrived after the last checkpoint
     samples/           round-00050.png
     model/             generator.safetensors (EMA), discriminator.safetensors, model.json
     result.json sheet.png report.html
+    evaluations/       figures of the released model, a folder an evaluation (`server.evaluator`)
 
 A SIGKILL at any moment, then `resume`, ends in the files of an undisturbed run (timings, and what `spent.jsonl`
 counts twice, excepted). Rounds whose noised sum is in `releases/` are replayed from it: that is post-processing
@@ -239,11 +241,13 @@ class RunDirectory:
     def events(self) -> list[dict[str, Any]]:
         return self._lines("events.jsonl")
 
-    def append_timing(self, server_round: int, seconds: float) -> None:
-        self._append("timings.jsonl", {"server_round": server_round, "seconds": round(seconds, 4)}, durable=False)
+    def append_timing(self, server_round: int, seconds: float, *, of: str = "round") -> None:
+        """Seconds of a round, or of what is done beside rounds ("quality": figures during training)."""
+        line = {"server_round": server_round, "seconds": round(seconds, 4)}
+        self._append("timings.jsonl", line if of == "round" else {**line, "of": of}, durable=False)
 
-    def timings(self) -> list[dict[str, Any]]:
-        return self._lines("timings.jsonl")
+    def timings(self, *, of: str = "round") -> list[dict[str, Any]]:
+        return [line for line in self._lines("timings.jsonl") if line.get("of", "round") == of]
 
     # ---- what was spent
 
@@ -565,7 +569,13 @@ def load_model(path: Path) -> GeneratorModel:
             hint="install the same encoder: text.encoder and text.path in model.json name it",
         )
     generator = build_generator(config, embedding_dim=encoder.dim)
-    generator.load_state_dict(load(content))
+    weights = load(content)
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise RunDirectoryError(
+            f"{folder / 'generator.safetensors'} holds weights that are not finite: it can draw nothing",
+            hint="the training went wrong; look at its report, and train again",
+        )
+    generator.load_state_dict(weights)
     return GeneratorModel(generator.eval().requires_grad_(False), encoder, config, prompts, card)
 
 
@@ -671,6 +681,16 @@ def _take_lock(path: Path) -> int:
         os.close(descriptor)
         raise RunDirectoryError(f"{path} is in use by another process", hint="wait until it ends, or stop it") from None
     return descriptor
+
+
+@contextmanager
+def take_lock(path: Path) -> Iterator[None]:
+    """Holds the lock of a folder for the time of the block; `RunDirectoryError` where another process does."""
+    lock = _take_lock(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import shlex
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +26,9 @@ from shared.errors import ConfigError, DataError, FedCanvasError, RunDirectoryEr
 if TYPE_CHECKING:
     from shared.config import RunConfig, Scalar
     from shared.data import ImageCaptionDataset
-    from shared.data.source import Split
     from shared.privacy.plan import PrivacyPlan
     from shared.prompts import PromptPool
-    from shared.rundir import RunDirectory
+    from shared.rundir import GeneratorModel, RunDirectory
     from simulations.scenarios import Scenario
 
 JOB = "simulation.json"  # in the run directory: what the command was asked, beside config and prompts
@@ -179,7 +177,9 @@ def _new_run(
     out: Path, asked: Mapping[str, Any], overlay: Mapping[str, Scalar], prompts: Path | None
 ) -> tuple[RunDirectory, Job]:
     from client.enrolment import remove_simulated_site
+    from server.app import REFERENCE, ReferencePlace
     from shared.config import RunConfig
+    from shared.data import test_split
     from shared.privacy.plan import make_plan
     from shared.rundir import RunDirectory, write_whole
     from simulations.scenarios import scenario_called
@@ -238,7 +238,11 @@ def _new_run(
         remove_simulated_site(stale)  # of a run that was removed: their ledgers were only its own
     _write_sites(out, job, config, datasets)
     write_whole(_data_digest_path(out), _data_digest(datasets).encode())
-    run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents={JOB: asdict(job)})
+    documents: dict[str, Any] = {JOB: asdict(job)}
+    if job.reference is not None:
+        place = ReferencePlace(job.reference, test_split(Path(job.reference)), str(_reference_cache(out).resolve()))
+        documents[REFERENCE] = asdict(place)
+    run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents=documents)
     return run, job
 
 
@@ -346,13 +350,13 @@ def _open_data(out: Path, job: Job, config: RunConfig) -> list[ImageCaptionDatas
 
 
 def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDataset | None:
-    from shared.data import open_dataset
+    from shared.data import open_dataset, test_split
     from shared.progress import StepProgress
 
     if job.reference is None:
         return None
     path = Path(job.reference)
-    split = _reference_split(path)
+    split = test_split(path)
     if split == "train" and job.reference in job.data:
         # The sheet shows pictures of the reference set, and the classifier learns them: both would leave the site.
         raise UsageError(
@@ -360,18 +364,9 @@ def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDatas
             hint="name public pictures that no site holds, or leave --reference out",
         )
     return open_dataset(
-        path, config=config.data, cache_dir=_sites_folder(out) / "cache", split=split,
+        path, config=config.data, cache_dir=_reference_cache(out), split=split,
         progress=StepProgress("decoding the public reference set"),
     )  # fmt: skip
-
-
-def _reference_split(path: Path) -> Split:
-    """The test pictures of an `.npz` that has some; everything else is one split."""
-    try:
-        with zipfile.ZipFile(path) as arrays:
-            return "test" if "x_test.npy" in arrays.namelist() else "train"
-    except (OSError, zipfile.BadZipFile):
-        return "train"
 
 
 def _unit_count(config: RunConfig, dataset: ImageCaptionDataset) -> int:
@@ -560,17 +555,15 @@ def _plan_line(config: RunConfig, plan: Any) -> str:
 
 def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
     """Figures and sheet from the released model; `result.json` comes last, so its existence means all is there."""
-    from server.evaluation import accuracy_rows, final_sheet, measure
+    from server.evaluation import final_sheet
+    from server.quality import accuracy_rows
     from shared.privacy.plan import PrivacyPlan
     from shared.rundir import load_model
 
     started = time.monotonic()
     model, config = load_model(run.path), run.config
     reference = _open_reference(run.path, job, config)
-    metrics: dict[str, Any] = {"caption-accuracy": {"not_measured": "no --reference was given"}}
-    if reference is not None:
-        metrics = measure(model, reference, cache_dir=_reference_cache(run.path), progress=say)
-        metrics["caption-accuracy"]["reference"] = reference.name
+    metrics = _measured(run, model, reference)
     plan = PrivacyPlan.from_dict(model.card["plan"])
     charged = run.steps_charged()
     # The plan's table is exact where it was planned to end; rounds that were repeated make another number.
@@ -583,7 +576,7 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
         f" {spent.adjacency} one {spent.unit}"
     ]
     if rows:
-        notes.append("accuracy " + ", ".join(f"{name} {value:.2f}" for name, value, _, _ in rows))
+        notes.append("accuracy " + ", ".join(f"{name} {figure.value:.2f}" for name, figure in rows))
     sheet = run.write_bytes("sheet.png", final_sheet(model, reference, title=run.path.resolve().name, notes=notes))
     seconds = sum(float(line["seconds"]) for line in run.timings())
     run.write_json(
@@ -620,6 +613,7 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
             "weights_digest": model.card["weights_digest"],
             "seconds": {
                 "training": seconds,
+                "quality_during_training": sum(float(line["seconds"]) for line in run.timings(of="quality")),
                 "evaluation": time.monotonic() - started,
                 "this_command": time.monotonic() - began,
             },
@@ -627,6 +621,27 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
             "next": _next_commands(run.path, model.prompts),
         },
     )
+
+
+def _measured(run: RunDirectory, model: GeneratorModel, reference: ImageCaptionDataset | None) -> dict[str, Any]:
+    """The caption accuracy of the released model, or why there is none, by the classifier of the whole run."""
+    from server.evaluation import pictures
+    from server.evaluator import as_table
+    from server.quality import QualityProbe
+    from shared.metrics import Measurement
+
+    name = "caption-accuracy"
+    if reference is None:
+        return {name: {"not_measured": "no --reference was given"}}
+    try:
+        probe = QualityProbe(reference, names=[name], cache_dir=_reference_cache(run.path), progress=say)
+    except DataError as error:
+        return {name: {"not_measured": error.message}}
+    found = probe.measure(
+        lambda texts, seed, indices: pictures(model, texts, seed=seed, indices=indices), model.prompts,
+        run.config.evaluation.samples,
+    )[name]  # fmt: skip
+    return {name: as_table(found) if isinstance(found, Measurement) else {"not_measured": found}}
 
 
 def _ledgers(run: RunDirectory, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
@@ -676,21 +691,24 @@ def _resume_command(out: Path) -> str:
 
 
 def _result_text(out: Path, result: Mapping[str, Any]) -> str:
+    from server.quality import accuracy_rows
     from simulations.progress import duration
 
     privacy, accuracy = result["privacy"], result["metrics"]["caption-accuracy"]
     lines = [f"{out}: {result['rounds']} rounds in {duration(result['seconds']['training'])} of training", ""]
-    if "accuracy" in accuracy:
+    rows = accuracy_rows(result["metrics"])
+    if rows:
+        first = rows[0][1]
         lines += [
-            f"accuracy of {accuracy['n']} pictures, told by a classifier trained on real pictures of the public",
-            f"reference set {accuracy['reference']}; 'real' is the same on real pictures it has not seen",
-            f"  {'':<14}{'generated':>10}{'real':>8}{'chance':>8}",
+            f"accuracy of {first.n:,} pictures, 95 % interval, told by a classifier trained on {first.reference_n:,} real",
+            f"pictures of the public reference set; 'real' is the same on {first.floor_n or 0:,} others that it has not seen",
+            f"  {'':<14}{'generated':>10}{'':>16}{'real':>8}{'chance':>8}",
         ]
-        for name, value in accuracy["accuracy"].items():
-            real, chance = accuracy["held_out_real"][name], accuracy["chance"][name]
-            lines.append(f"  {name:<14}{value:>10.3f}{real:>8.3f}{chance:>8.3f}")
-        if accuracy["left_out"]:
-            lines.append(f"  {accuracy['left_out']} pictures are left out: no reference caption equals their prompt")
+        for name, figure in rows:
+            between = f"{figure.interval.low:.3f} to {figure.interval.high:.3f}"
+            real = "" if figure.floor is None else f"{figure.floor:.3f}"
+            lines.append(f"  {name:<14}{figure.value:>10.3f}{between:>16}{real:>8}{figure.chance or 0:>8.3f}")
+        lines += [f"  {note}" for note in accuracy["notes"][1:]]
     else:
         lines.append(f"accuracy was not measured: {accuracy['not_measured']}")
     lines.append("")

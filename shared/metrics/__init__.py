@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from shared.registry import Registry
 
 if TYPE_CHECKING:
     from shared.metrics.extractor import Extractor, Features
+
+T = TypeVar("T")
 
 __all__ = ["METRICS", "Figure", "Gallery", "Interval", "Measurement", "Metric", "Part", "Pictures", "PublicSets",
            "Setting", "Table"]  # fmt: skip
@@ -112,25 +114,29 @@ class Setting:
     step: Callable[[int, int], None] = lambda done, total: None
     _kept: dict[str, Any] = field(default_factory=dict)
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns; made at the first call with this name, for all metrics of this setting."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        made: T = self._kept[name]
+        return made
+
     @property
     def extractor(self) -> Extractor:
         """Raises `DataError` or `ConfigError` when the extractor that was asked for cannot be had."""
-        if "extractor" not in self._kept:
-            self._kept["extractor"] = self.build_extractor(self)
-        built: Extractor = self._kept["extractor"]
-        return built
+        return self.once("extractor", lambda: self.build_extractor(self))
 
     def features(self, of: Part | Pictures) -> Features:
         """Of public or generated pictures; computed once, and those of public pictures kept in `cache_dir`."""
         from shared.metrics.extractor import cached_features
 
-        key = f"features {of.digest}"
-        if key not in self._kept:
-            cache = self.cache_dir if isinstance(of, Part) else None
-            self._kept[key] = cached_features(self.extractor, of.images, digest=of.digest, cache_dir=cache,
-                                              step=self.step)  # fmt: skip
-        found: Features = self._kept[key]
-        return found
+        cache = self.cache_dir if isinstance(of, Part) else None
+        return self.once(
+            f"features {of.digest}",
+            lambda: cached_features(
+                self.extractor, of.images, digest=of.digest, cache_dir=cache, step=self.step
+            ),
+        )
 
 
 class Metric(Protocol):

@@ -20,7 +20,7 @@ import numpy as np
 from shared.data import SUBJECT_ID, ImageCaptionDataset
 from shared.errors import DataError
 
-MOST_FIT = 12_000
+MOST_FIT, MOST_TEST = 12_000, 10_000
 SHARES = {"test": 0.2, "fit": 0.4, "reference": 0.2, "floor": 0.2}
 FEWEST = 2  # pictures of a part: one has no spread
 
@@ -70,8 +70,9 @@ class PublicSets:
 
 
 def divide(
-    dataset: ImageCaptionDataset, *, n: int, test: ImageCaptionDataset | None = None, most_fit: int = MOST_FIT
-) -> PublicSets:
+    dataset: ImageCaptionDataset, *, n: int, test: ImageCaptionDataset | None = None, most_fit: int = MOST_FIT,
+    most_test: int = MOST_TEST,
+) -> PublicSets:  # fmt: skip
     """The parts of `dataset`; with `test`, that set is the part to test on and its pictures are in no other.
 
     Args:
@@ -93,11 +94,13 @@ def divide(
     shares = SHARES if test is None else {name: share for name, share in SHARES.items() if name != "test"}
     groups = _by_share([keys[row] for row in order], shares)
     rows = {name: [order[place] for place in places] for name, places in groups.items()}
-    # What the capped parts do not need, the others may have: more to compare with is better than more to throw away.
-    rows["fit"], spare = _cut(rows["fit"], most_fit, keys)
-    for name in ("reference", "floor"):
-        rows[name] = rows[name][:n]
-        more, spare = _cut(spare, max(0, n - len(rows[name])), keys)
+    # What a part does not need the others may have: more to train on is better than more to throw away.
+    spare: list[int] = []
+    for name, most in (("test", most_test), ("reference", n), ("floor", n), ("fit", most_fit)):
+        rows[name], left = _cut(rows.get(name, []), most, keys)
+        spare += left
+    for name, most in (("fit", most_fit), ("reference", n), ("floor", n)):
+        more, spare = _cut(spare, max(0, most - len(rows[name])), keys)
         rows[name] += more
     parts = {name: _part(f"{dataset.name}, {name}", dataset, np.array(of, np.int64)) for name, of in rows.items()}
     if test is not None:

@@ -1,0 +1,420 @@
+"""`fedcanvas evaluate` and `fedcanvas compare`: what a released generator is worth, in figures that others can check.
+
+Everything is measured against public pictures. A site's private folder is refused, or asked through the site's own
+ledger (`--charge`), which gives one noised figure. Not here: how figures are made (`server.evaluator`,
+`shared.metrics`), and pages (`server.report`, `server.compare`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+
+from shared.cli import Interrupted, new_app, say, warn
+from shared.errors import DataError, UsageError
+from shared.progress import StepProgress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from server.evaluator import Evaluator
+    from shared.config import RunConfig
+    from shared.data import ImageCaptionDataset
+    from shared.metrics import Setting
+    from shared.metrics.extractor import Extractor
+    from shared.rundir import GeneratorModel
+
+FEWEST_PICTURES, MOST_PICTURES = 2, 1_000_000
+DEFAULT_N = 10_000
+SAMPLE_SEED = 1  # of latents; sheets show seed 0, so that figures are about other pictures than those shown
+CACHE = ".fedcanvas-reference"  # beside the runs: features and classifiers of public sets, by content
+
+
+@new_app
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", hidden=True)],
+    reference: Annotated[Path | None, typer.Option(help="Public captioned pictures: a folder or an .npz.")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Public pictures to test on.  [default: x_test of an .npz, or a fifth]")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Some of them, with commas between.  [default: all]")] = None,
+    n: Annotated[int, typer.Option("--n", min=FEWEST_PICTURES, max=MOST_PICTURES, help="Generated pictures.")] = DEFAULT_N,
+    extractor: Annotated[
+        str, typer.Option(metavar="inception|clip|local|PATH", help="What turns pictures into features.")
+    ] = "local",
+    clip: Annotated[
+        str, typer.Option(metavar="MODEL", help="For alignment: a CLIP-like model, or VIT+TEXT; by id or folder.")
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of latents.")] = SAMPLE_SEED,
+    trainings: Annotated[int, typer.Option(min=1, max=100, help="Seeds of figures that depend on a training.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Where figures are kept.  [default: evaluations in the run]", show_default=False)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the whole report as one HTML file.")] = None,
+    charge: Annotated[
+        float | None,
+        typer.Option(metavar="EPSILON", help="--reference is a site's private folder: charge its ledger, ask once."),
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Of --charge.  [default: a hundredth of the lineage's]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a ledger is charged.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Measure the model of RUN, a finished run directory or a model folder, against public pictures.
+
+    Each figure comes with its number of pictures, reference, extractor, 95 % interval, what real pictures get in
+    the same place, and what guessing gets. The public set is cut into parts that never mix: to train measuring
+    models, to compare with, to test on. What was measured is kept: an interrupted evaluation goes on.
+    """
+    from shared.metrics import METRICS
+    from shared.rundir import load_model
+
+    if reference is None:
+        raise UsageError("missing --reference", hint="name public captioned pictures: a folder or an .npz")
+    names = [METRICS.resolve(name.strip()) for name in metrics.split(",")] if metrics else METRICS.names()
+    model = load_model(run)
+    if charge is not None:
+        _charged(model, reference, epsilon=charge, delta=delta, yes=yes, as_json=as_json, seed=seed, n=n)
+        return
+    began = time.monotonic()
+    with EvaluationProgress() as progress:
+        evaluator, about = _evaluator(
+            run, model, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip, out=out,
+            progress=progress,
+        )  # fmt: skip
+        command = _command(run, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip)
+        try:
+            file = evaluator.run(list(dict.fromkeys(names)), command=command, about=about, fresh=fresh)
+        except KeyboardInterrupt:
+            raise Interrupted("what was measured so far is kept", command) from None
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if html is not None:
+        from server.report import report_html
+        from shared.rundir import RunDirectory, write_whole
+
+        if not RunDirectory.exists(run):
+            raise UsageError(f"{run} is a model without its run directory", hint="--html shows a run: name its folder")
+        write_whole(html, report_html(RunDirectory.open(run), document).encode())
+    if as_json:
+        typer.echo(json.dumps({**document, "file": str(file)}, ensure_ascii=False))
+    else:
+        typer.echo(_text(document, names))
+        typer.echo(f"\nfigures  {file}   ({time.monotonic() - began:.0f} s)")
+        if html is not None:
+            typer.echo(f"report   {html}: open it in a browser")
+
+
+@new_app
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", hidden=True)],
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Lay evaluated runs side by side: RUN RUN... are run directories that `fedcanvas evaluate` has measured.
+
+    Runs that differ in the seed alone are also taken together. A difference counts when it is larger than noise,
+    after a correction for looking at many pairs (Holm). Figures against different public sets are kept apart.
+    """
+    from server.compare import compare_html, compare_json, compare_text
+    from server.evaluations import load_evaluation
+    from shared.rundir import RunDirectory, write_whole
+
+    if len(runs) < 2:
+        raise UsageError("one run is nothing to compare", hint="name two or more: fedcanvas compare runs/a runs/b")
+    opened = [RunDirectory.open(path) for path in runs]
+    evaluations = [load_evaluation(path) for path in runs]
+    if html is not None:
+        write_whole(html, compare_html(opened, evaluations).encode())
+    if as_json:
+        typer.echo(json.dumps(compare_json(opened, evaluations), ensure_ascii=False))
+    else:
+        typer.echo(compare_text(opened, evaluations))
+        if html is not None:
+            typer.echo(f"\npage  {html}: open it in a browser")
+
+
+class EvaluationProgress:
+    """A bar for what is being done and one for all metrics on a terminal; lines now and then in a log."""
+
+    def __init__(self, *, terminal: bool | None = None) -> None:
+        self._bar = _bar() if (sys.stderr.isatty() if terminal is None else terminal) else None
+        self._metric, self._steps = "", StepProgress("")
+        if self._bar is not None:
+            self._all = self._bar.add_task("metrics", total=None)
+            self._one = self._bar.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def metric(self, name: str, number: int, total: int) -> None:
+        self._metric = name
+        if self._bar is not None:
+            self._bar.update(self._all, completed=number - 1, total=total, description=f"{number} of {total}: {name}")
+            self._bar.update(self._one, visible=False)
+        else:
+            say(f"{number} of {total}: {name}")
+
+    def line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._one, description=text, completed=0, total=None, visible=True)
+        else:
+            say(f"  {text}")
+            self._steps = StepProgress(f"  {text}")
+
+    def step(self, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._one, completed=done, total=total)
+        elif done < total:
+            self._steps(done, total)
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+
+
+# ---- what is measured against what
+
+
+def _evaluator(
+    run: Path, model: GeneratorModel, reference: Path, test: Path | None, *, n: int, seed: int, trainings: int,
+    extractor: str, clip: str, out: Path | None, progress: EvaluationProgress,
+) -> tuple[Evaluator, dict[str, Any]]:  # fmt: skip
+    from server.evaluator import Evaluator, Request
+    from shared.metrics import Setting
+    from shared.metrics.extractor import EXTRACTORS, named
+    from shared.metrics.public_sets import divide
+
+    entry, path = named(extractor)
+    cache = _cache_of(run)
+    known, split = _public(reference, model.config, cache), None
+    tested = _public(test, model.config, cache) if test is not None else None
+    if tested is None and _has_test(reference):
+        tested, split = _public(reference, model.config, cache, split="test"), "x_test"
+    public = divide(known, n=n, test=tested)
+
+    def build(setting: Setting) -> Extractor:
+        return EXTRACTORS.get(entry)(setting, path)
+
+    setting = Setting(
+        public, build, dual_encoder=clip, seed=0, trainings=trainings, cache_dir=cache, progress=progress.line,
+        step=progress.step,
+    )  # fmt: skip
+    request = Request(n, seed, trainings, extractor, _digest_of(path), clip)
+    folder = out or _evaluations_of(run)
+    evaluator = Evaluator(
+        model, setting, request, folder, conversions=_conversions(run, model, reference, split, n),
+        on_metric=progress.metric,
+    )  # fmt: skip
+    return evaluator, _about(run, model)
+
+
+def _public(path: Path, config: RunConfig, cache: Path, *, split: str = "train") -> ImageCaptionDataset:
+    """A public set, prepared as the model's own pictures are; refused where it is a site's."""
+    from shared.data import open_dataset
+    from shared.private_data import site_that_holds
+
+    owner = site_that_holds(path, None)
+    if owner is None:
+        dataset = open_dataset(
+            path, config=config.data, cache_dir=cache, split="test" if split == "test" else "train",
+            progress=StepProgress(f"decoding {path.name}"),
+        )  # fmt: skip
+        owner = site_that_holds(path, dataset)
+        if owner is None:
+            return dataset
+    raise DataError(
+        f"{path} is private: {owner}",
+        hint="name public pictures; a private set answers one noised question, charged to its ledger:"
+        " --reference SITE_DIR --charge EPSILON",
+    )
+
+
+def _has_test(path: Path) -> bool:
+    from shared.data import test_split
+
+    return test_split(path) == "test"
+
+
+def _conversions(run: Path, model: GeneratorModel, reference: Path, split: str | None, n: int) -> list[str]:
+    """What a reader must know about the public sets before any figure."""
+    config = model.config.data
+    kind = "grey" if config.channels == 1 else "colour"
+    said = [
+        f"public pictures are prepared as the run prepares pictures: squares of {config.image_size} px, {kind}",
+    ]
+    if split is not None:
+        said.append(f"classifiers are tested on {split} of {reference.name}, all other parts come from x_train")
+    if n < len(model.prompts):
+        said.append(f"{n} pictures are fewer than the model's {len(model.prompts)} prompts: the last ones are not drawn")
+    job = _job_of(run)
+    if job and str(reference.resolve()) in job.get("data", []):
+        said.append(
+            "the simulated sites trained on x_train of this very set, as in the literature; a generator that memorised"
+            " its data would look good in distances, and `nearest` is where it would show"
+        )
+    return said
+
+
+def _job_of(run: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run / "simulation.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _about(run: Path, model: GeneratorModel) -> dict[str, Any]:
+    from shared.privacy.plan import PrivacyPlan
+
+    card = model.card
+    plan = PrivacyPlan.from_dict(card["plan"])
+    spent = card.get("spent", {})
+    return {
+        "model": {"path": str(run), "run_id": card.get("run_id"), "weights_digest": card.get("weights_digest")},
+        "privacy": {
+            "name": model.config.privacy.name,
+            "epsilon": spent.get("epsilon", math.inf) if plan.private else math.inf,
+            "delta": plan.delta, "adjacency": spent.get("adjacency"), "unit": plan.unit,
+            "simulated": card.get("entropy") == "seeded",
+        },
+    }  # fmt: skip
+
+
+def _cache_of(run: Path) -> Path:
+    """Beside the runs, where `simulate` keeps the same things."""
+    return run.resolve().parent / CACHE
+
+
+def _evaluations_of(run: Path) -> Path:
+    from shared.rundir import RunDirectory
+
+    if RunDirectory.exists(run):
+        return run / "evaluations"
+    return run.with_name(f"{run.resolve().name}-evaluations")
+
+
+def _digest_of(path: str) -> str:
+    """Of what an extractor's path names, so that another file of that name is another extractor."""
+    place = Path(path)
+    if not path or not place.exists():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _command(run: Path, reference: Path, test: Path | None, **options: Any) -> str:
+    parts = ["fedcanvas", "evaluate", str(run), "--reference", str(reference)]
+    if test is not None:
+        parts += ["--test", str(test)]
+    defaults = {"n": DEFAULT_N, "seed": SAMPLE_SEED, "trainings": 3, "extractor": "local", "clip": ""}
+    for name, value in options.items():
+        if value != defaults[name]:
+            parts += [f"--{name}", str(value)]
+    return shlex.join(parts)
+
+
+# ---- a site's private data
+
+
+def _charged(
+    model: GeneratorModel, site_dir: Path, *, epsilon: float, delta: float | None, yes: bool, as_json: bool, seed: int,
+    n: int,
+) -> None:  # fmt: skip
+    """One noised figure of a site's records: how often a classifier trained on generated pictures is right."""
+    from dataclasses import asdict
+
+    from server.private_question import question_about
+    from shared.plain import plain
+    from shared.private_data import ask_site
+
+    question = question_about(model, n=n, seed=seed, epsilon=epsilon, delta=delta, progress=say)
+    if not yes:
+        say(f"this charges the ledger of {site_dir} with epsilon {epsilon:g} for one noised figure")
+        if not typer.confirm("charge it?", default=False, err=True):
+            raise UsageError("nothing was charged", hint="--yes charges without asking")
+    answer = ask_site(site_dir, question)
+    if as_json:
+        typer.echo(json.dumps(plain(asdict(answer)), ensure_ascii=False))
+        return
+    typer.echo(
+        f"a classifier trained on {n:,} generated pictures is right about {question.attribute} in {answer.value:.3f}"
+        f" of this site's records (95 % interval {answer.low:.3f} to {answer.high:.3f}, noise included)"
+    )
+    spent = f"epsilon {answer.epsilon:g} at delta {answer.delta:.0e}"
+    typer.echo(f"charged: {spent}" if answer.charged else f"answered before with {spent}: nothing was charged again")
+    if answer.note:
+        typer.echo(answer.note)
+
+
+# ---- what is printed
+
+
+def _text(document: Mapping[str, Any], asked: Sequence[str]) -> str:
+    from shared.metrics.figure import Figure
+
+    reference, privacy = document["reference"], document["privacy"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in reference["parts"].items())
+    epsilon = float(privacy["epsilon"])
+    spent = "no privacy: epsilon = inf" if math.isinf(epsilon) else (
+        f"epsilon {epsilon:.3g} at delta {privacy['delta']:.0e}, {privacy['adjacency']} one {privacy['unit']}"
+    )  # fmt: skip
+    lines = [
+        f"{document['model']['path']}: {document['n']:,} pictures, seed {document['seed']}; {spent}",
+        f"public set {reference['name']}: {parts}; features by {document['extractor']}",
+        *(f"  {text}" for text in document["conversions"]),
+        "",
+        f"{'':<36}{'value':>10}{'95 % interval':>22}{'real':>10}{'chance':>9}{'n':>9}",
+    ]
+    for name, found in document["metrics"].items():
+        if "not_measured" in found:
+            if name in asked:
+                hint = f" ({found['hint']})" if found.get("hint") else ""
+                lines.append(f"{name:<36}not measured: {found['not_measured']}{hint}")
+            continue
+        for table in found["figures"]:
+            figure = Figure.from_dict(table)
+            between = f"{_number(figure.interval.low)} to {_number(figure.interval.high)}"
+            label = figure.name if figure.name.startswith(name) else f"{name}: {figure.name}"
+            real, chance = _number(figure.floor), _number(figure.chance)
+            lines.append(
+                f"{label:<36}{_number(figure.value):>10}{between:>22}{real:>10}{chance:>9}{figure.n:>9,}"
+            )
+            if figure.at_floor_n is not None:
+                lines.append(f"{'':<36}{_number(figure.at_floor_n):>10} of {figure.floor_n:,}, as many as the real ones")
+            if figure.warning:
+                lines.append(f"    warning: {figure.warning}")
+        lines += [f"    {note}" for note in found["notes"]]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
