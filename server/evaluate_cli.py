@@ -81,7 +81,9 @@ def evaluate(
 
     if reference is None:
         raise UsageError("missing --reference", hint="name public captioned pictures: a folder or an .npz")
-    names = [METRICS.resolve(name.strip()) for name in metrics.split(",")] if metrics else METRICS.names()
+    names = list(dict.fromkeys(name.strip() for name in metrics.split(","))) if metrics else METRICS.names()
+    for name in names:
+        METRICS.get(name)  # an unknown one is said before anything is drawn
     model = load_model(run)
     if charge is not None:
         _charged(model, reference, epsilon=charge, delta=delta, yes=yes, as_json=as_json, seed=seed, n=n)
@@ -94,7 +96,7 @@ def evaluate(
         )  # fmt: skip
         command = _command(run, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip)
         try:
-            file = evaluator.run(list(dict.fromkeys(names)), command=command, about=about, fresh=fresh)
+            file = evaluator.run(names, command=command, about=about, fresh=fresh)
         except KeyboardInterrupt:
             raise Interrupted("what was measured so far is kept", command) from None
     document = json.loads(file.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -146,16 +146,19 @@ class Downstream:
         figures = []
         for key, right in _right(told, self.test).items():
             of_seeds = right.mean(axis=1)
-            by_picture = right.mean(axis=0)
-            deviation = float(by_picture.std(ddof=1) / math.sqrt(len(by_picture)))
-            how = f"{len(seeds)} training{'s' if len(seeds) > 1 else ''} (Student's t) and {len(by_picture):,} test pictures"
+            tested = right.shape[1]
+            # Two right and two wrong ones more (Agresti and Coull 1998): nobody is sure because nothing went wrong.
+            share = (of_seeds.mean() * tested + 2) / (tested + 4)
+            deviation = math.sqrt(share * (1 - share) / (tested + 4))
+            how = f"{len(seeds)} training{'s' if len(seeds) > 1 else ''} (Student's t) and {tested:,} test pictures"
+            interval = seeds_interval(of_seeds.tolist(), test_deviation=deviation, how=how)
+            interval = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
             attributes = [key.removeprefix("accuracy of ")] if key != "accuracy" else list(self.values)
             chance = math.prod(1 / len(self.values[attribute]) for attribute in attributes)
             figures.append(
                 Figure(
                     f"{name} {key}", float(of_seeds.mean()),
-                    seeds_interval(of_seeds.tolist(), test_deviation=deviation, how=how), "higher", n,
-                    public.test.name, len(public.test),
+                    interval, "higher", n, public.test.name, len(public.test),
                     seeds={"pictures": [picture_seed], "trainings": seeds}, floor=real["figures"].get(key),
                     floor_n=real["n"], chance=chance,
                 )
