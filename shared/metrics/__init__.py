@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Figure", "Gallery", "Interval", "Measurement", "Metric", "Part", "Pictures", "PublicSets",
            "Setting", "Table"]  # fmt: skip
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,22 +117,24 @@ class Setting:
     @property
     def extractor(self) -> Extractor:
         """Raises `DataError` or `ConfigError` when the extractor that was asked for cannot be had."""
-        if "extractor" not in self._kept:
-            self._kept["extractor"] = self.build_extractor(self)
-        built: Extractor = self._kept["extractor"]
-        return built
+        return self.once("extractor", lambda: self.build_extractor(self))
+
+    def once(self, key: str, make: Callable[[], Made]) -> Made:
+        """What `make()` returned when `key` was first asked for: metrics of one evaluation share it."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        made: Made = self._kept[key]
+        return made
 
     def features(self, of: Part | Pictures) -> Features:
         """Of public or generated pictures; computed once, and those of public pictures kept in `cache_dir`."""
         from shared.metrics.extractor import cached_features
 
-        key = f"features {of.digest}"
-        if key not in self._kept:
-            cache = self.cache_dir if isinstance(of, Part) else None
-            self._kept[key] = cached_features(self.extractor, of.images, digest=of.digest, cache_dir=cache,
-                                              step=self.step)  # fmt: skip
-        found: Features = self._kept[key]
-        return found
+        cache = self.cache_dir if isinstance(of, Part) else None
+        return self.once(
+            f"features {of.digest}",
+            lambda: cached_features(self.extractor, of.images, digest=of.digest, cache_dir=cache, step=self.step),
+        )
 
 
 class Metric(Protocol):
