@@ -347,6 +347,12 @@ def _load_model(path: str) -> tuple[Any, set[str]]:
         model, report = transformers.AutoModel.from_pretrained(
             path, config=settings, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **source
         )
+    except ImportError as error:
+        raise DataError(
+            f"transformers cannot load the model at {path}: {_reason(error)}",
+            hint="a package is missing or does not fit another, often torchvision and torch: `python -c 'import"
+            " torchvision'` shows whether it is that",
+        ) from None
     except Exception as error:  # whatever a foreign folder makes a foreign library raise
         if not local and isinstance(error, OSError) and "connect" in str(error):
             raise DataError(
@@ -523,8 +529,9 @@ def fit_maps(pictures: np.ndarray, texts: np.ndarray, own: Sequence[Sequence[int
     training = ~np.isin(rows, held_out)
     if len(set(columns[training].tolist())) < 2 or len(held_out) < 2:
         return everything[RIDGES[0], WEIGHTS[0]]
+    captions = [own[row] for row in held_out.tolist()]
     ranks = {
-        setting: _mean_reciprocal_rank(found.pictures(x[held_out]), found.texts(y), [own[row] for row in held_out.tolist()])
+        setting: _mean_reciprocal_rank(found.pictures(x[held_out]), found.texts(y), captions)
         for setting, found in maps(np.flatnonzero(training)).items()
     }
     return everything[max(ranks, key=lambda setting: ranks[setting])]
