@@ -208,6 +208,7 @@ def build(setting: Setting) -> DualEncoder:
             hint=f"such as {EXAMPLE}; two models of their own, VIT+TEXT, are fitted to each other on the public set",
         )
     halves = _halves(named)
+    setting.progress(f"loading {named}")  # half a minute where the hub does not answer
     if halves is None:
         model = CommonModel.load(named)
         fingerprint = hashlib.sha256(f"{VERSION} {model.fingerprint}".encode()).hexdigest()
