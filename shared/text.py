@@ -194,7 +194,7 @@ class TransformersEncoder:
         self._model, self._tokenizer, self._unused = model.float().eval().requires_grad_(False), tokenizer, set(unused)
         positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
         self._max_tokens = min(max_tokens, tokenizer.model_max_length, positions)
-        self._tokenizer_state = _tokenizer_state(tokenizer)
+        self._tokenizer_state = tokenizer_state(tokenizer)
         self.dim = len(self._pooled("a"))
 
     @cached_property
@@ -255,9 +255,7 @@ def build_transformers(config: TextConfig) -> CaptionEncoder:
         raise DataError(
             f"no folder {config.path}", hint="text.path names a folder with config.json, weights and tokenizer"
         )
-    transformers: Any = importlib.import_module("transformers")  # seconds; whoever hashes never waits for it
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers = quiet_transformers()
     try:
         # Nothing that comes with a model runs as code, and a folder is enough: no network for it.
         source: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
@@ -265,7 +263,7 @@ def build_transformers(config: TextConfig) -> CaptionEncoder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.path, **source)
         kind, settings = _text_model(transformers, settings)
         model, report = kind.from_pretrained(
-            config.path, config=settings, dtype=torch.float32, output_loading_info=True, **source
+            config.path, config=settings, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **source
         )
     except Exception as error:  # whatever a foreign folder makes a foreign library raise
         reason = next(iter(str(error).strip().splitlines()), "")
@@ -282,13 +280,22 @@ def build_transformers(config: TextConfig) -> CaptionEncoder:
             f"the model at {config.path} lacks weights, {min(missing - pooler)} among them",
             hint="save the whole model again with save_pretrained",
         )
-    _check_vocabulary(model, tokenizer, config.path)
+    check_vocabulary(model, tokenizer, config.path)
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     return TransformersEncoder(model, tokenizer, max_tokens=config.max_tokens, unused=sorted(pooler))
 
 
-def _check_vocabulary(model: Any, tokenizer: Any, path: str) -> None:
+def quiet_transformers() -> Any:
+    """The library, without its progress bars and advice; it takes seconds to load, so whoever hashes never waits."""
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def check_vocabulary(model: Any, tokenizer: Any, path: str) -> None:
+    """`DataError` when `model` reads no text, or when `tokenizer` makes tokens that it does not know."""
     table = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(table, nn.Embedding):
         raise DataError(f"the model at {path} does not read text", hint="name a text model, such as CLIP, BERT or T5")
@@ -314,7 +321,7 @@ def _text_model(transformers: Any, settings: Any) -> tuple[Any, Any]:
     return transformers.AutoModel, settings
 
 
-def _tokenizer_state(tokenizer: Any) -> Any:
+def tokenizer_state(tokenizer: Any) -> Any:
     """What decides the tokens of a text; not how the last call padded and cut, which the state remembers too."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]

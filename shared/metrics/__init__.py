@@ -30,6 +30,7 @@ __all__ = ["METRICS", "Figure", "Gallery", "Interval", "Measurement", "Metric", 
            "Setting", "Table"]  # fmt: skip
 
 
+
 @dataclass(frozen=True, eq=False)
 class Pictures:
     """Generated pictures, picture i made from `prompts[i]`.
@@ -133,9 +134,7 @@ class Setting:
         cache = self.cache_dir if isinstance(of, Part) else None
         return self.once(
             f"features {of.digest}",
-            lambda: cached_features(
-                self.extractor, of.images, digest=of.digest, cache_dir=cache, step=self.step
-            ),
+            lambda: cached_features(self.extractor, of.images, digest=of.digest, cache_dir=cache, step=self.step),
         )
 
 
