@@ -15,15 +15,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from shared.errors import LedgerError, UsageError
-from shared.privacy.ledger import LOCK_SECONDS, Charge, Ledger, RunTerms, make_folder, write_note
-from shared.records import RoundInstruction
+from shared.privacy.budget import Lifetime, Price
+from shared.privacy.ledger import LOCK_SECONDS, Charge, Ledger, RunAccount, RunTerms, make_folder, write_note
 
 ANCHOR, RUNS, REPLIES = "anchor.json", "runs", "replies"
 
@@ -46,6 +46,22 @@ class ProposedRun:
     decision: Decision
     summary: list[str]
     asked: str
+
+
+class Asked(Protocol):
+    """What is charged and answered once: a federation's instruction, or a question of a person at the site."""
+
+    @property
+    def run_id(self) -> str: ...
+
+    @property
+    def server_round(self) -> int: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
 
 
 class SiteAccount:
@@ -82,8 +98,28 @@ class SiteAccount:
                 stack.enter_context(ledger.locked(wait_seconds=wait_seconds))
             yield
 
+    def check_fits(self, terms: RunTerms, prices: Sequence[Price], lifetimes: Sequence[Lifetime]) -> None:
+        """`BudgetExhausted` where the run passes the lifetime of any ledger that has not reserved it yet."""
+        for ledger, price, lifetime in zip(self.ledgers, prices, lifetimes, strict=True):
+            if terms.run not in ledger.runs:
+                ledger.check_fits(terms, price, lifetime=lifetime)
+
+    def reserve(self, terms: RunTerms, prices: Sequence[Price], lifetimes: Sequence[Lifetime]) -> RunAccount:
+        """In every ledger of these records, or in none when it does not fit into one.
+
+        Args:
+            prices, lifetimes: of each of `ledgers`.
+        """
+        self.check_fits(terms, prices, lifetimes)
+        # A crash may have left the run reserved in some ledgers of shared records; this one comes last.
+        for ledger, price, lifetime in reversed(list(zip(self.ledgers, prices, lifetimes, strict=True))):
+            if terms.run not in ledger.runs:
+                through = "" if ledger is self.ledger else self.lineage
+                ledger.reserve(terms, price, lifetime=lifetime, through=through)
+        return self.ledger.runs[terms.run]
+
     def charge(
-        self, terms: RunTerms, instruction: RoundInstruction, *, release: str, steps: int, nonce: bytes, again: bool
+        self, terms: RunTerms, instruction: Asked, *, release: str, steps: int, nonce: bytes, again: bool
     ) -> Charge:  # fmt: skip
         """In every ledger of these records; this lineage's charge is returned."""
         charges = [
@@ -134,7 +170,7 @@ class SiteAccount:
 
     # ---- the last reply
 
-    def stored_reply(self, instruction: RoundInstruction) -> bytes | None:
+    def stored_reply(self, instruction: Asked) -> bytes | None:
         """The envelope that already answered this very instruction, or `None`."""
         if not self.durable:
             asked, envelope = self._in_memory.get(instruction.run_id, ("", b""))
@@ -147,7 +183,7 @@ class SiteAccount:
         same = about.get("instruction") == instruction.digest and about.get("bytes") == len(envelope)
         return envelope if same else None
 
-    def store_reply(self, instruction: RoundInstruction, envelope: bytes) -> None:
+    def store_reply(self, instruction: Asked, envelope: bytes) -> None:
         if not self.durable:
             self._in_memory[instruction.run_id] = (instruction.digest, envelope)
             return

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from shared.privacy.ledger import Ledger
 
 RACE_SECONDS = 0.2
+NO_FEDERATION = "none: asked here"  # of a question that a person at the site asked
 TERMS_DIGITS = 12
 
 client = new_group(
@@ -357,8 +358,8 @@ def runs(site_dir: Site, as_json: AsJson = False) -> None:
     for row in rows:
         steps = f"{row['steps']} of {row['steps_reserved']}" if row["run"] in begun else "-"
         reserved = f"{row['epsilon_reserved']:.4g}" if row["run"] in begun else "-"
-        table.append([row["run"], row["federation"], row["state"], reserved, f"{row['epsilon_spent']:.4g}", steps,
-                      row["asked"][:16].replace("T", " ")])  # fmt: skip
+        table.append([row["run"], row["federation"] or NO_FEDERATION, row["state"], reserved,
+                      f"{row['epsilon_spent']:.4g}", steps, row["asked"][:16].replace("T", " ")])  # fmt: skip
     lines = [*_aligned(table), "", _left_words(account)]
     quoted = shlex.quote(str(site_dir))
     for row in rows:
@@ -529,8 +530,9 @@ def receipts(
     table = [["charged (UTC)", "federation", "run", "round", "release", "bytes", "sha256", "charge", "epsilon of run"]]
     for receipt in found:
         table.append([
-            receipt.time[:19].replace("T", " "), receipt.federation, receipt.run, str(receipt.server_round),
-            f"{receipt.kind}{', again' if receipt.again else ''}", f"{receipt.bytes:,}", receipt.sha256[:12],
+            receipt.time[:19].replace("T", " "), receipt.federation or NO_FEDERATION, receipt.run,
+            str(receipt.server_round), f"{receipt.kind}{', again' if receipt.again else ''}", f"{receipt.bytes:,}",
+            receipt.sha256[:12],
             f"{receipt.charge:.4g}", f"{receipt.epsilon_before:.4g} -> {receipt.epsilon_after:.4g}",
         ])  # fmt: skip
     lines = _aligned(table) if found else ["nothing has left this site"]
@@ -590,8 +592,9 @@ def _run_row(figure: RunFigures) -> list[str]:
     unsampled = f" + {figure.unsampled} unsampled" if figure.unsampled else ""
     state = f"{figure.state}, through {figure.through}" if figure.through else figure.state
     return [
-        figure.run, figure.federation, state, f"{figure.epsilon_reserved:.4g}", f"{figure.epsilon_spent:.4g}",
-        f"{figure.delta:.1e}", f"{figure.steps:,} of {figure.steps_reserved:,}{unsampled}", f"{figure.releases:,}",
+        figure.run, figure.federation or NO_FEDERATION, state, f"{figure.epsilon_reserved:.4g}",
+        f"{figure.epsilon_spent:.4g}", f"{figure.delta:.1e}",
+        f"{figure.steps:,} of {figure.steps_reserved:,}{unsampled}", f"{figure.releases:,}",
     ]  # fmt: skip
 
 
@@ -718,7 +721,7 @@ def _leave_federation(site_dir: Path, account: SiteAccount, name: str, reason: s
     ]  # fmt: skip
     if not proposed and not begun:
         known = {run.federation for run in account.all_proposed()}
-        known |= {run.federation for run in _begun(account.ledger).values()}
+        known |= {run.federation for run in _begun(account.ledger).values() if run.federation}
         raise UsageError(f"no open run of federation '{name}' is here", hint=f"known: {_listed(sorted(known))}")
     why = _printable(reason or f"left federation {name}")
     with account.locked():

@@ -186,8 +186,9 @@ def _carry_over(here: Ledger, there: Ledger, run: str, price: Price) -> None:
     account = there.runs[run]
     taken = here.runs.get(run) or here.reserve(account.terms, price, through=there.lineage.name)
     missing = account.steps - taken.steps
+    unsampled = "moments" if account.terms.plan.steps else "query"
     for release, steps, due in (
-        ("moments", 0, account.unsampled > taken.unsampled), ("gradient", missing, missing > 0),
+        (unsampled, 0, account.unsampled > taken.unsampled), ("gradient", missing, missing > 0),
     ):  # fmt: skip
         if due:
             here.charge(

@@ -1,7 +1,8 @@
 """The one function that builds what leaves a site. It fails closed: what is not on the list does not pass.
 
-The list has two entries: a vector of lattice integers whose length is fixed by public settings alone, with the
-run's head in the site's ledger behind it; and a refusal, a code of a fixed list and never a text.
+The list has three entries: a vector of lattice integers whose length is fixed by public settings alone, with the
+run's head in the site's ledger behind it; the two lattice integers that answer a charged question, with the same; and
+a refusal, a code of a fixed list and never a text.
 `Slot` keeps when it leaves apart from how long the work took. Not here: clipping, noise and the charge; the
 vector that comes in has them behind it.
 """
@@ -26,6 +27,8 @@ from shared.records import (
     pack_envelope,
 )
 
+QUERY_LENGTH = 2  # numbers of one answer: the right ones and the wrong ones
+
 
 @dataclass(frozen=True, eq=False)
 class Release:
@@ -43,7 +46,21 @@ class Release:
     length: int
 
 
-def build(content: Release | RefusalCode, *, site_id: str) -> SiteReply | Refusal:
+@dataclass(frozen=True, eq=False)
+class QueryRelease:
+    """What a site would answer to a question that a person there asked (`client.query`).
+
+    Attributes:
+        payload: `(2,)` int64, already noised, in units of the plan's lattice.
+        head: of the run in the site's ledger, 64 hex digits.
+    """
+
+    run_id: str
+    payload: np.ndarray
+    head: str
+
+
+def build(content: Release | QueryRelease | RefusalCode, *, site_id: str) -> SiteReply | Refusal:
     """What leaves the site `site_id`.
 
     Raises:
@@ -53,11 +70,18 @@ def build(content: Release | RefusalCode, *, site_id: str) -> SiteReply | Refusa
         raise ProtocolError("a site id is not 1 to 64 letters, digits, dots, dashes or underscores")
     if isinstance(content, RefusalCode):
         return Refusal(site_id, content)
-    if type(content) is not Release or not site_id:
+    if type(content) not in (Release, QueryRelease) or not site_id:
         raise ProtocolError("neither a release nor a refusal code")
-    instruction, payload, length = content.instruction, content.payload, content.length
-    if instruction.kind not in MESSAGE_TYPES:
-        raise ProtocolError(f"nothing of kind '{instruction.kind}' may leave a site")
+    payload = content.payload
+    if isinstance(content, QueryRelease):
+        run_id, server_round, length = content.run_id, 0, QUERY_LENGTH
+        if not NAME.fullmatch(run_id):
+            raise ProtocolError("a run id is not 1 to 64 letters, digits, dots, dashes or underscores")
+    else:
+        instruction, length = content.instruction, content.length
+        run_id, server_round = instruction.run_id, instruction.server_round
+        if instruction.kind not in MESSAGE_TYPES:
+            raise ProtocolError(f"nothing of kind '{instruction.kind}' may leave a site")
     if type(payload) is not np.ndarray or payload.dtype != np.int64:
         raise ProtocolError("a payload is not an array of 64-bit integers")
     if payload.shape != (length,):
@@ -68,8 +92,8 @@ def build(content: Release | RefusalCode, *, site_id: str) -> SiteReply | Refusa
     if not DIGEST.fullmatch(content.head):
         raise ProtocolError("the head of the run is not 64 hex digits")
     return SiteReply(
-        run_id=instruction.run_id,
-        server_round=instruction.server_round,
+        run_id=run_id,
+        server_round=server_round,
         site_id=site_id,
         envelope=pack_envelope(payload, content.head),
     )

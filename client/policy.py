@@ -7,6 +7,7 @@ Not here: what has been spent (`shared.privacy.ledger`); of the ceilings there a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,9 @@ class SitePolicy(Section):
     max_epsilon: float = Field(gt=0, description="Lifetime epsilon of the lineage; the ledger's own may be lower.")
     delta: float = Field(gt=0, lt=1, description="Lifetime delta of the lineage.")
     max_run_epsilon: float | None = Field(None, gt=0, description="Largest epsilon of one run; unset: what is left.")
+    max_query_epsilon: float = Field(
+        0.0, ge=0, description="Largest epsilon of one question that a person here asks about the records; 0: none."
+    )
     min_noise_multiplier: float = Field(0.5, ge=0, description="Smallest noise multiplier of a step.")
     min_expected_batch: float = Field(16.0, ge=0, description="Fewest units that one site's step draws, expected.")
     max_sampling_rate: float = Field(0.25, gt=0, le=1, description="Largest sampling rate of a step.")
@@ -52,9 +56,9 @@ class SitePolicy(Section):
     def for_simulation(cls, *, max_epsilon: float, delta: float, unit: Unit) -> SitePolicy:
         """Everything but the ceiling is open: a simulated site measures what a run would cost."""
         return cls(
-            max_epsilon=max_epsilon, delta=delta, min_noise_multiplier=0.0, min_expected_batch=0.0,
-            max_sampling_rate=1.0, max_rounds=1_000_000, max_local_steps=1000, max_parameters=2**26,
-            unit=unit, allow_no_privacy=True, models=["*"], kernels=["*"], text_encoders=["*"],
+            max_epsilon=max_epsilon, delta=delta, max_query_epsilon=math.inf, min_noise_multiplier=0.0,
+            min_expected_batch=0.0, max_sampling_rate=1.0, max_rounds=1_000_000, max_local_steps=1000,
+            max_parameters=2**26, unit=unit, allow_no_privacy=True, models=["*"], kernels=["*"], text_encoders=["*"],
             approve_each_run=False,
         )  # fmt: skip
 
@@ -147,6 +151,13 @@ class SitePolicy(Section):
             f"Models: {', '.join(self.models)}, up to {self.max_parameters:,} parameters; kernels:"
             f" {', '.join(self.kernels)}; text encoders: {', '.join(self.text_encoders)}.",
         ]
+        if self.max_query_epsilon:
+            lines.append(
+                "A person here may ask how well a classifier of generated pictures does on the records; one noised"
+                f" answer may cost epsilon {self.max_query_epsilon:g}, out of the same lifetime. No federation can ask."
+            )
+        else:
+            lines.append("Nobody may ask questions about the records, not even noised ones (`max-query-epsilon`).")
         if self.code:
             lines.append(f"Code: only releases with digest {', '.join(code[:12] for code in self.code)}.")
         if self.aggregator_keys:

@@ -43,7 +43,7 @@ KINDS = {
     "gradient": "noised sum of clipped gradients, of one training step",
     "update": "noised change of the model, after several training steps",
     "moments": "noised sum of statistics of pictures and captions, once before the first round",
-    "query": "noised answer to one question",
+    "query": "noised answer to one question, which a person at the site asked about its records",
 }
 CODES = {
     "message": "the request was malformed, of another version, or out of place",
@@ -189,10 +189,12 @@ def _what_left(messages: Sequence[Receipt], runs: Sequence[RunFigures]) -> list[
             _table(["kind", "what it is", "messages", "sent again", "size"], rows, text=2,
                    caption="“Sent again” are the very same bytes after a lost connection: nothing new, at no cost.")
         )  # fmt: skip
+    asked = any(message.kind == "query" for message in messages)
+    but = " But for the noised answers to questions in the table, that means every number." if asked else ""
     parts.append(
         "<p><strong>What did not leave:</strong> pictures, captions, file names, names of people, thumbnails or"
         " features of pictures, the number of records, and any measurement of how training went (losses, accuracy,"
-        " time). The software has one single place that builds messages, and a fixed list of what that place lets"
+        f" time).{but} The software has one single place that builds messages, and a fixed list of what that place lets"
         " through.</p>"
     )
     parts.append(
@@ -287,8 +289,9 @@ def _runs_table(runs: Sequence[RunFigures], messages: Sequence[Receipt]) -> list
         return []
     left = Counter(message.run for message in messages)
     rows = [
-        [run.run, run.federation, run.state, _epsilon(run.epsilon_reserved), _epsilon(run.epsilon_spent),
-         f"{run.delta:.1e}", f"{run.steps:,} of {run.steps_reserved:,}", f"{left[run.run]:,}"]
+        [run.run, run.federation or "none: asked here", run.state, _epsilon(run.epsilon_reserved),
+         _epsilon(run.epsilon_spent), f"{run.delta:.1e}", f"{run.steps:,} of {run.steps_reserved:,}",
+         f"{left[run.run]:,}"]
         for run in runs
     ]  # fmt: skip
     caption = "“Closed” runs were ended here and stay ended; “complete” ones may only repeat a lost round."
@@ -473,11 +476,12 @@ def _each_message(
             for message in shown
         ]  # fmt: skip
         head = ["charged (UTC)", "round", "kind", "bytes", "fields", "steps", "charge", "epsilon of the run", "SHA-256"]
-        caption = f"Run {run.run} of federation {run.federation}" + (
+        about = f"Run {run.run} of federation {run.federation}" if run.federation else f"Question {run.run}, asked here"
+        caption = about + (
             f": {len(shown):,} of {len(of_run):,} messages" if len(shown) < len(of_run) else ""
         )
         parts.append(
-            f"<details><summary>Run {_text(run.run)} of federation {_text(run.federation)}:"
+            f"<details><summary>{_text(about)}:"
             f" {_count(len(of_run), 'message')}, {_text(_bytes(sum(message.bytes for message in of_run)))}</summary>"
             + _table(head, rows, text=1, caption=caption, text_at=(2, 4, 8), kind="wide log") + "</details>"
         )  # fmt: skip

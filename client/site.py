@@ -260,17 +260,7 @@ class Site:
                 raise SiteRefusal(
                     RefusalCode.SITE, f"lineage '{ledger.lineage.name}' knows run {terms.run} with other settings"
                 )
-        # A crash may have left the run reserved in some ledgers of shared records; this one comes last.
-        open_ones = [
-            (ledger, price, lifetime)
-            for ledger, price, lifetime in zip(account.ledgers, prices, lifetimes, strict=True)
-            if terms.run not in ledger.runs
-        ]
-        for ledger, price, lifetime in open_ones:
-            ledger.check_fits(terms, price, lifetime=lifetime)
-        for ledger, price, lifetime in reversed(open_ones):
-            through = "" if ledger is account.ledger else account.lineage
-            run = ledger.reserve(terms, price, lifetime=lifetime, through=through)
+        run = account.reserve(terms, prices, lifetimes)
         self.log(
             f"run {terms.run} of {terms.federation} is admitted: epsilon {prices[0].epsilon:.4g} at delta"
             f" {prices[0].delta:.1e} reserved, {account.ledger.left} left"
@@ -376,7 +366,7 @@ class Site:
                 self.folder / self.config.data, config=public.config.data, cache_dir=self.folder / self.config.cache_dir
             )
             self._records = prepare_records(
-                dataset, self._own_rows(len(dataset)), config=public.config, encoder=public.encoder,
+                dataset, self.own_rows(len(dataset)), config=public.config, encoder=public.encoder,
                 discriminator=public.discriminator,
             )  # fmt: skip
             published = self.config.published_records
@@ -391,7 +381,7 @@ class Site:
                 self.log(f"{self._records.without_subject} records name no subject and are not used")
         return self._records
 
-    def _own_rows(self, count: int) -> np.ndarray:
+    def own_rows(self, count: int) -> np.ndarray:
         """This site's rows of its data set, each once: a row twice would count twice in the clipped sum."""
         if self.config.indices is None:
             return np.arange(count)

@@ -262,7 +262,10 @@ def percent(share: float) -> str:
 def _state(account: RunAccount) -> RunState:
     if account.closed is not None:
         return "closed"
-    return "complete" if account.steps >= account.terms.plan.steps else "active"
+    plan = account.terms.plan
+    # A run without steps is one question: it is complete when that was charged.
+    done = account.steps >= plan.steps if plan.steps else account.unsampled > 0
+    return "complete" if done else "active"
 
 
 def _lines(path: Path) -> list[str]:

@@ -115,7 +115,7 @@ def prepare_records(
     """
     named, subject_rows = indices, None
     if config.privacy.unit == "subject":
-        named, subject_rows = _by_subject(dataset, indices)
+        named, subject_rows = rows_by_subject(dataset, indices)
     places: dict[str, int] = {}
     rows = tuple(
         tuple(places.setdefault(caption, len(places)) for caption in dataset.captions[int(index)]) for index in named
@@ -129,7 +129,7 @@ def prepare_records(
     return PrivateRecords(images, features, embeddings, captions, rows, subject_rows, len(indices) - len(named))
 
 
-def _by_subject(dataset: ImageCaptionDataset, indices: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def rows_by_subject(dataset: ImageCaptionDataset, indices: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """The rows that name a subject, and for each subject its places among them, in the order of the rows."""
     subjects = dataset.subjects()
     # Rows without a subject are not one subject "": whose they are is unknown, so no unit's noise covers them.

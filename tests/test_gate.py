@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CALLS = {
     "SiteReply": {"client.gate"}, "Refusal": {"client.gate"}, "pack_envelope": {"client.gate"},
     "Message": {"client.app"}, "encode_reply": {"client.app"}, "ClientApp": {"client.app"},
-    "build": {"client.app", "client.site"}, "print": set(),
+    "build": {"client.app", "client.query", "client.site"}, "print": set(),
 }  # fmt: skip
 # Ways out of a process that a site has no use for; `client.app` alone speaks Flower.
 IMPORTS = {

@@ -34,6 +34,7 @@ def test_what_nobody_opened_is_closed() -> None:
     policy = SitePolicy(**CLOSED)
     assert policy.approve_each_run
     assert not policy.allow_no_privacy
+    assert policy.max_query_epsilon == 0
     assert (policy.models, policy.kernels, policy.text_encoders, policy.noise) == (
         ["front"], ["fused"], ["hashing"], ["local"],
     )  # fmt: skip

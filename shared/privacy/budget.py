@@ -102,12 +102,15 @@ class Price:
         return max(self.rows[place][1:3])
 
 
-def price_run(plan: PrivacyPlan, lifetime: Lifetime, *, overflow_share: float = 0.0) -> Price:
+def price_run(
+    plan: PrivacyPlan, lifetime: Lifetime, *, overflow_share: float = 0.0, at_delta: float | None = None
+) -> Price:
     """What the run of `plan` costs a lineage; some seconds where the plan is new to this process.
 
     Args:
         overflow_share: part of the price's delta that is kept for draws beyond the padded size; 0 where nothing is
             padded. The Renyi filter keeps a part of its own.
+        at_delta: with sums, the delta that is charged; the one of even shares where it is not given.
     """
     if not plan.private:
         return Price(math.inf, 0.0, math.inf if lifetime.filter == "renyi" else None)
@@ -117,7 +120,7 @@ def price_run(plan: PrivacyPlan, lifetime: Lifetime, *, overflow_share: float = 
         delta = lifetime.delta
         renyi = renyi_cost(as_spent(plan, plan.reserved_steps), order=lifetime.order)
     else:
-        delta = _even_delta(plan, lifetime, kept)
+        delta = _even_delta(plan, lifetime, kept) if at_delta is None else at_delta
     reports = epsilon_table(replace(plan, delta=delta * kept), plan.warm_start_noise_multiplier is not None).reports
     rows = tuple((report.steps, report.prv, report.pld, report.rdp) for report in reports)
     epsilon, overflow, overflow_epsilon = reports[-1].epsilon, overflow_share * delta, reports[-1].epsilon
