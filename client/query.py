@@ -46,7 +46,7 @@ from shared.privacy.budget import Lifetime, Price, fits, price_run, query_plan, 
 from shared.privacy.dpsgd import noised_sum
 from shared.privacy.ledger import RunAccount, RunTerms
 from shared.privacy.plan import PrivacyPlan
-from shared.private_data import Answer, Question, Quote
+from shared.private_data import CAPTION, Answer, Question, Quote
 from shared.records import HEAD_BYTES, SiteReply, unpack_envelope
 from shared.registry import nearest_name_hint
 
@@ -289,7 +289,7 @@ def _open_units(site: Site, question: Question) -> tuple[ImageCaptionDataset, Se
         site.folder / site.config.data, cache_dir=site.folder / site.config.cache_dir,
         image_size=question.image_size, channels=question.channels,
     )  # fmt: skip
-    if question.attribute not in dataset.attributes:
+    if question.attribute != CAPTION and question.attribute not in dataset.attributes:
         columns = sorted(dataset.attributes)
         raise DataError(
             f"the records of site {site.site_id} have no column '{question.attribute}'",
@@ -310,9 +310,10 @@ def right_and_wrong(
     Args:
         units: for each unit its rows; a row is in one unit.
     """
-    values, total = dataset.attributes[question.attribute], np.zeros(2)
+    column, total = dataset.attributes.get(question.attribute, []), np.zeros(2)
+    texts = dataset.captions if question.attribute == CAPTION else [(value,) if value else () for value in column]
     for rows in units:
-        judged = [_is_right(question, dataset.images[row], values[row]) for row in rows]
+        judged = [_is_right(question, dataset.images[row], texts[row]) for row in rows]
         scores = [score for score in judged if score is not None]
         if scores:
             right = sum(scores) / len(scores)
@@ -320,16 +321,16 @@ def right_and_wrong(
     return total
 
 
-def _is_right(question: Question, image: np.ndarray, value: str) -> bool | None:
+def _is_right(question: Question, image: np.ndarray, texts: Sequence[str]) -> bool | None:
     """`None` where the record does not count: nothing is raised, since its text could quote the record."""
-    if not value:
+    if not texts:
         return None
     try:
         # Alone: in a batch, what is said of one record could depend on which others are there.
         (predicted,) = question.predict(np.array(image)[None])
     except Exception:
         return None
-    return bool(predicted == value)
+    return predicted in texts
 
 
 # ---- what it says

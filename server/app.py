@@ -19,7 +19,7 @@ from server.quality import QualityProbe, as_event
 from server.rounds import Outcome, run_rounds
 from server.training import ServerTraining
 from shared.config import RunConfig, Scalar
-from shared.data import open_dataset
+from shared.data import open_dataset, test_split
 from shared.data.source import Split
 from shared.errors import ConfigError, DataError
 from shared.observer import Observer, SilentObserver

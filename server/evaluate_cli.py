@@ -66,7 +66,7 @@ def evaluate(
         float | None,
         typer.Option(metavar="EPSILON", help="--reference is a site's private folder: charge its ledger, ask once."),
     ] = None,
-    delta: Annotated[float | None, typer.Option(help="Of --charge.  [default: a hundredth of the lineage's]")] = None,
+    delta: Annotated[float | None, typer.Option(help="Of --charge.  [default: its share of the lineage's]")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a ledger is charged.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -354,25 +354,32 @@ def _charged(
 
     from server.private_question import question_about
     from shared.plain import plain
-    from shared.private_data import ask_site
+    from shared.private_data import ask_site, quote_site
 
     question = question_about(model, n=n, seed=seed, epsilon=epsilon, delta=delta, progress=say)
-    if not yes:
-        say(f"this charges the ledger of {site_dir} with epsilon {epsilon:g} for one noised figure")
+    quote = quote_site(site_dir, question)
+    if quote.known:
+        say(f"site {quote.site_id} has answered this question: the same answer comes again, uncharged")
+    elif not yes:
+        say(
+            f"one noised figure about lineage '{quote.lineage}' costs each {quote.unit} epsilon {quote.epsilon:.3g} at"
+            f" delta {quote.delta:.1e}, of epsilon {quote.epsilon_left:.3g} that is left; below about"
+            f" {quote.fewest:.0f} {quote.unit}s it only says that they are too few, and costs the same"
+        )
         if not typer.confirm("charge it?", default=False, err=True):
             raise UsageError("nothing was charged", hint="--yes charges without asking")
     answer = ask_site(site_dir, question)
     if as_json:
         typer.echo(json.dumps(plain(asdict(answer)), ensure_ascii=False))
         return
-    typer.echo(
-        f"a classifier trained on {n:,} generated pictures is right about {question.attribute} in {answer.value:.3f}"
-        f" of this site's records (95 % interval {answer.low:.3f} to {answer.high:.3f}, noise included)"
-    )
-    spent = f"epsilon {answer.epsilon:g} at delta {answer.delta:.0e}"
-    typer.echo(f"charged: {spent}" if answer.charged else f"answered before with {spent}: nothing was charged again")
-    if answer.note:
-        typer.echo(answer.note)
+    if answer.value is not None and answer.low is not None and answer.high is not None:
+        typer.echo(
+            f"a classifier trained on {n:,} generated pictures names the caption of {answer.value:.3f} of this site's"
+            f" records (95 % interval {answer.low:.3f} to {answer.high:.3f}, noise included)"
+        )
+    typer.echo(answer.note)
+    spent = f"epsilon {answer.epsilon:.3g} at delta {answer.delta:.1e}, {answer.unit} added or removed"
+    typer.echo(f"{'charged' if answer.charged else 'cost when it was asked first'}: {spent}; run {answer.run}")
 
 
 # ---- what is printed

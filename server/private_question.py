@@ -16,7 +16,7 @@ import numpy as np
 from server.evaluation import pictures
 from shared.errors import DataError
 from shared.metrics.downstream import VERSION, tell, train_convnet
-from shared.private_data import Question
+from shared.private_data import CAPTION, Question
 from shared.rundir import GeneratorModel
 
 MOST_PROMPTS = 1000  # as classes of one classifier
@@ -39,7 +39,7 @@ def question_about(
     progress(f"training a classifier on {n:,} generated pictures")
     labels = np.arange(n) % len(prompts)
     made = pictures(model, [prompts[label] for label in labels], seed=seed, indices=range(n))
-    network = train_convnet(made, {"caption": labels}, seed)
+    network = train_convnet(made, {CAPTION: labels}, seed)
 
     def predict(images: np.ndarray) -> list[str]:
         return [prompts[place] for place in tell(network, images)[0]]
@@ -47,6 +47,6 @@ def question_about(
     weights = str(model.card["files"]["generator.safetensors"])
     about = json.dumps([VERSION, weights, n, seed])
     return Question(
-        attribute="caption", predict=predict, predictor_digest=hashlib.sha256(about.encode()).hexdigest(),
+        attribute=CAPTION, predict=predict, predictor_digest=hashlib.sha256(about.encode()).hexdigest(),
         model_digest=weights, epsilon=epsilon, delta=delta, image_size=data.image_size, channels=data.channels,
     )  # fmt: skip

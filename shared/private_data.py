@@ -27,12 +27,15 @@ AT_A_SITE: Registry[Callable[..., Any]] = Registry(
 )
 
 
+CAPTION = "caption"  # the attribute that is a record's captions: one of them must be what is predicted
+
+
 @dataclass(frozen=True, eq=False)
 class Question:
     """How often is a classifier, trained on generated pictures alone, right about a site's private records?
 
     Attributes:
-        attribute: column of the site's data that is predicted; the names of its columns are taken for public.
+        attribute: column of the site's data that is predicted, or `CAPTION`; names of columns are taken for public.
         predict: `(1, H, W, C)` uint8 to a list with its one predicted value. It sees every record alone, so it must
             not remember what it saw: a network in evaluation mode.
         predictor_digest, model_digest: name the classifier and the released model, 64 hex digits each. With the other

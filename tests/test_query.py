@@ -40,7 +40,7 @@ from shared.privacy.budget import Lifetime, Price, query_plan
 from shared.privacy.dpsgd import noised_sum
 from shared.privacy.entropy import SystemEntropy
 from shared.privacy.ledger import Ledger, RunTerms
-from shared.private_data import Question, ask_site, quote_site, site_that_holds
+from shared.private_data import CAPTION, Question, ask_site, quote_site, site_that_holds
 
 ASKABLE = toy_policy(max_query_epsilon=4.0)
 LIFETIME = Lifetime(8.0, 1e-3)
@@ -156,6 +156,13 @@ def test_subjects_count_once_each_with_the_mean_over_their_usable_images() -> No
     assert right_and_wrong(data, groups, question).tolist() == [2.0, 2.0]
     groups = [np.array([0, 1, 2, 3])]  # one subject: right about two of three, and the fourth does not count
     assert right_and_wrong(data, groups, question) == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_a_caption_that_is_asked_for_may_be_any_of_the_records_own() -> None:
+    data = ImageCaptionDataset(np.zeros((3, 8, 8, 3), np.uint8), [("a cat", "a grey cat"), ("a dog",), ("a cat",)])
+    question = ask(attribute=CAPTION, predict=lambda images: ["a grey cat"])
+    units = [np.array([row]) for row in range(3)]
+    assert right_and_wrong(data, units, question).tolist() == [1.0, 2.0]
 
 
 def test_the_unit_of_the_lineage_decides_what_counts_as_one(tmp_path: Path) -> None:

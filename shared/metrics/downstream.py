@@ -29,7 +29,6 @@ from shared.errors import DataError
 from shared.metrics import Measurement, Pictures, Table
 from shared.metrics.attributes import known_attributes
 from shared.metrics.figure import Figure, seeds_interval
-from shared.plain import plain
 from shared.rundir import write_whole
 
 if TYPE_CHECKING:
@@ -159,41 +158,38 @@ class Downstream:
                 Figure(
                     f"{name} {key}", float(of_seeds.mean()),
                     interval, "higher", n, public.test.name, len(public.test),
-                    seeds={"pictures": [picture_seed], "trainings": seeds}, floor=real["figures"].get(key),
-                    floor_n=real["n"], chance=chance,
+                    seeds={"pictures": [picture_seed], "trainings": seeds}, floor=real.get(key),
+                    floor_n=min(n, len(public.fit)), chance=chance,
                 )
             )  # fmt: skip
         return figures
 
-    def _real(self, name: str, n: int) -> dict[str, object]:
-        """The same classifier trained on as many real pictures, one seed; kept by content."""
+    def _real(self, name: str, n: int) -> dict[str, float]:
+        """Figure name to what the same classifier gets from real pictures, one seed; kept by content."""
         public = self.setting.public
         part = public.fit.first(n)
-        return self.setting.once(f"downstream of real pictures {name} {len(part)}", lambda: self._train_on_real(name, part))
+        return self.setting.once(f"downstream {name} of {len(part)} real", lambda: self._train_on_real(name, part))
 
-    def _train_on_real(self, name: str, part: Part) -> dict[str, object]:
+    def _train_on_real(self, name: str, part: Part) -> dict[str, float]:
         setting = self.setting
         about = f"{VERSION} {name} {EPOCHS} {sorted(self.values.items())} {part.digest} {setting.public.test.digest}"
         digest = hashlib.sha256(about.encode()).hexdigest()[:24]
         path = setting.cache_dir / f"downstream-{digest}.json" if setting.cache_dir else None
         if path is not None and path.is_file():
             try:
-                kept = json.loads(path.read_text())
-                if set(kept) == {"figures", "n"}:
-                    return dict(kept)
-            except ValueError:
+                return {key: float(value) for key, value in json.loads(path.read_text()).items()}
+            except (ValueError, AttributeError):
                 pass  # damaged: made again
         setting.progress(f"training the {name} on {len(part):,} real pictures, once")
         columns = known_attributes([part])
         labels = {key: _places(columns[key][0], known) for key, known in self.values.items() if key in columns}
         if set(labels) != set(self.values):
-            return {"figures": {}, "n": len(part)}
+            return {}
         told = CLASSIFIERS[name][0](part.images, labels, setting.public.test.images, 0)
         figures = {key: float(right.mean()) for key, right in _right([told], self.test).items()}
-        made: dict[str, object] = {"figures": figures, "n": len(part)}
         if path is not None:
-            write_whole(path, json.dumps(plain(made)).encode())
-        return made
+            write_whole(path, json.dumps(figures).encode())
+        return figures
 
     def _confusions(self, told: Labels, seed: int) -> list[Table]:
         tables = []
@@ -214,7 +210,8 @@ def train_convnet(images: np.ndarray, labels: Mapping[str, np.ndarray], seed: in
         torch.manual_seed(seed)
         network = SimpleConvnet(
             image_size=height, channels=channels, classes=[int(column.max()) + 1 for column in labels.values()]
-        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        )
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         wanted = [torch.from_numpy(column) for column in labels.values()]
         optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
         steps = -(-len(images) // BATCH)
@@ -227,7 +224,8 @@ def train_convnet(images: np.ndarray, labels: Mapping[str, np.ndarray], seed: in
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    return network
 
 
 def tell(network: SimpleConvnet, images: np.ndarray) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from shared.errors import DataError
 from shared.metrics import Gallery, Measurement, Pictures
-from shared.metrics.figure import Figure, Interval, mean_interval
+from shared.metrics.figure import Better, Figure, Interval, mean_interval
 
 if TYPE_CHECKING:
     from shared.metrics import Setting
@@ -64,20 +64,19 @@ class Nearest:
         very_near = float(np.quantile(self.real, RARE))
         typical = float(np.median(self.real))
         near = (nearest <= very_near).astype(float)
-        about = {
-            "n": len(pictures), "reference": reference.name, "reference_n": len(reference),
-            "extractor": setting.extractor.name, "floor_n": len(self.real),
-            "seeds": {"pictures": [pictures.seed], "resampling": [setting.seed]},
-        }  # fmt: skip
+
+        def figure(name: str, value: float, interval: Interval, better: Better, floor: float) -> Figure:
+            return Figure(
+                name, value, interval, better, len(pictures), reference.name, len(reference),
+                extractor=setting.extractor.name, floor=floor, floor_n=len(self.real),
+                seeds={"pictures": [pictures.seed], "resampling": [setting.seed]},
+            )  # fmt: skip
+
         ratio = float(np.median(nearest)) / typical if typical > 0 else float("nan")
-        figures = [
-            Figure(
-                "very near", float(near.mean()), mean_interval(near, seed=setting.seed), "lower", **about,
-                floor=float((self.real <= very_near).mean()),
-            ),
-        ]  # fmt: skip
+        interval = mean_interval(near, seed=setting.seed)
+        figures = [figure("very near", float(near.mean()), interval, "lower", float((self.real <= very_near).mean()))]
         if np.isfinite(ratio):
-            figures.append(Figure("median distance", ratio, self._ratio_interval(nearest), "neither", **about, floor=1.0))
+            figures.append(figure("median distance", ratio, self._ratio_interval(nearest), "neither", 1.0))
         notes = [
             f"very near: nearer to a public picture than {1 - RARE:.0%} of {len(self.real):,} other real pictures are;"
             " median distance: 1 is that of real pictures, well below 1 looks like copying or like blur",
