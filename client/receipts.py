@@ -6,14 +6,12 @@ the ledger (`client.spending`) when the page is written. Everything from outside
 
 from __future__ import annotations
 
-import html
 import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from client.settings import SiteConfig
 from client.spending import (
@@ -31,6 +29,11 @@ from client.spending import (
     totals,
 )
 from shared import __version__
+from shared.page import Code as Hash
+from shared.page import bullets as _list
+from shared.page import escaped as _text
+from shared.page import html_page, svg_figure
+from shared.page import table as _table
 from shared.privacy.accounting import ADJACENCY
 from shared.privacy.budget import Lifetime
 from shared.privacy.ledger import BODY, HEAD, Ledger
@@ -88,7 +91,7 @@ figure svg { display: block; width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 .note { color: var(--soft); font-size: .9rem; margin: 1rem 0 0; }
 th, td { text-align: right; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } tbody th { font-weight: 400; }
+th { font-weight: 600; } tbody th { font-weight: 400; text-align: left; }
 th.text, td.text { text-align: left; }
 .log table { font-size: .82rem; line-height: 1.4; } .log th, .log td { white-space: nowrap; padding-right: .7rem; }
 .log thead th { white-space: normal; vertical-align: bottom; } .log code { white-space: normal; font-size: .9em; }
@@ -135,7 +138,7 @@ def receipts_page(folder: Path, config: SiteConfig, ledger: Ledger, ceiling: Lif
         f"<footer>Written by fedcanvas {_text(__version__)}. The last line of the ledger has the hash"
         f" <code>{_text(ledger.head)}</code>. This page loads nothing and runs nothing.</footer>",
     ]
-    return _page(f"What left site {config.site_id}", parts)
+    return html_page(f"What left site {config.site_id}", parts, style=STYLE, images=False)
 
 
 def _simulation(ledger: Ledger) -> list[str]:
@@ -321,10 +324,8 @@ def _bar(counted: Totals) -> str:
         ("spent", f"spent: {_epsilon(spent)}"), ("reserved", f"reserved and not yet spent: {_epsilon(reserved)}"),
         ("left", f"left: {_epsilon(counted.left.epsilon)}"),
     ]  # fmt: skip
-    return (
-        f'<figure><svg role="img" aria-label="{_text(alternative)}" viewBox="0 0 100 10" preserveAspectRatio="none"'
-        f' height="28">{"".join(drawn)}</svg>{_key(key)}<figcaption>{_text(alternative)}</figcaption></figure>'
-    )
+    svg = f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" height="28">{"".join(drawn)}</svg>'
+    return svg_figure(svg, alternative, before_caption=_key(key))
 
 
 def _chart(ledger: Ledger, counted: Totals) -> str:
@@ -354,16 +355,16 @@ def _chart(ledger: Ledger, counted: Totals) -> str:
         f" {_epsilon(counted.reserved)}; the limit is {_epsilon(limit)}."
     )
     line = 'vector-effect="non-scaling-stroke" fill="none"'
-    return (
-        f'<figure><svg role="img" aria-label="{_text(alternative)}" viewBox="0 0 100 40" preserveAspectRatio="none"'
-        f' height="220"><path d="{drawn(2, closed=True)}" style="fill:var(--reserved)"/>'
+    svg = (
+        '<svg viewBox="0 0 100 40" preserveAspectRatio="none" height="220">'
+        f'<path d="{drawn(2, closed=True)}" style="fill:var(--reserved)"/>'
         f'<path d="{drawn(1, closed=True)}" style="fill:var(--spent)"/>'
         f'<path d="M0,{y:.2f}H100" {line} style="stroke:var(--ceiling);stroke-width:2;stroke-dasharray:6 4"/>'
         f'<path d="M0,40H100" {line} style="stroke:var(--line);stroke-width:1"/></svg>'
-        f'<div class="axis"><span>{_text(start)}</span><span>{_text(end)} UTC</span></div>'
-        + _key([("spent", "spent"), ("reserved", "reserved"), ("ceiling", f"limit of {_epsilon(limit)} (dashed)")])
-        + f"<figcaption>Epsilon over time. {_text(alternative)}</figcaption></figure>"
     )
+    axis = f'<div class="axis"><span>{_text(start)}</span><span>{_text(end)} UTC</span></div>'
+    key = _key([("spent", "spent"), ("reserved", "reserved"), ("ceiling", f"limit of {_epsilon(limit)} (dashed)")])
+    return svg_figure(svg, alternative, caption=f"Epsilon over time. {alternative}", before_caption=axis + key)
 
 
 # ---- 3
@@ -526,42 +527,9 @@ def _refusals(folder: Path, ledger: Ledger, refused: Refusals) -> list[str]:
 # ---- parts of a page
 
 
-class Hash(str):
-    """A text that is set in equal letters and may break anywhere."""
-
-
-def _table(
-    head: Sequence[str], rows: Sequence[Sequence[Any]], *, text: int = 1, caption: str = "",
-    text_at: Sequence[int] = (), kind: str = "wide",
-) -> str:  # fmt: skip
-    """The first `text` columns and those of `text_at` hold words, the others figures."""
-    kinds = [' class="text"' if place < text or place in text_at else "" for place in range(len(head))]
-    heads = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True))
-    lines = []
-    for first, *cells in rows:
-        others = "".join(f"<td{kind}>{_cell(cell)}</td>" for kind, cell in zip(kinds[1:], cells, strict=True))
-        lines.append(f'<tr><th scope="row" class="text">{_cell(first)}</th>{others}</tr>')
-    # Beside the table, since a browser makes a caption as wide as its table, and that may be wider than a phone.
-    note = f'<p class="note">{_text(caption)}</p>' if caption else ""
-    label = _text(caption or ", ".join(name for name in head if name))
-    # It scrolls where it is wider than the page; a keyboard must be able to reach it.
-    table = f'<table aria-label="{label}"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return f'{note}<div class="{kind}" tabindex="0" role="region" aria-label="{label}">{table}</div>'
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "<br>".join(_text(line) for line in value)
-    return f"<code>{_text(value)}</code>" if isinstance(value, Hash) else _text(value)
-
-
 def _key(entries: Sequence[tuple[str, str]]) -> str:
     items = [f'<li><i style="background:var(--{name})"></i>{_text(words)}</li>' for name, words in entries]
     return f'<ul class="key">{"".join(items)}</ul>'
-
-
-def _list(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
 
 
 def _fields(message: Receipt) -> tuple[str, ...]:
@@ -591,23 +559,3 @@ def _epsilon(value: float) -> str:
 
 def _seconds(time: str) -> float:
     return datetime.fromisoformat(time).timestamp()
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            # Nothing may be fetched and nothing may run, whatever stands in a name.
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>",
-            *parts,
-            "</main></body></html>",
-            "",
-        ]
-    )

@@ -6,45 +6,24 @@ Figures whose text matters (curves) have a text alternative and their numbers in
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from server.charts import Line, curves, evenly
+from server.evaluation_page import evaluation_sections, number, quality_rounds, span
+from server.evaluations import check_evaluation, complete_evaluations, figures_of, load_evaluation
+from server.report_tables import REPORT_TABLES
 from shared import __version__
 from shared.config import setting_names
 from shared.errors import RunDirectoryError
+from shared.page import Small, bullets, escaped, html_page, image, table, warning
 from shared.privacy.accounting import EpsilonReport, epsilon_curve
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.rundir import RunDirectory
 
 EPSILON_POINTS = 24
 MOST_SAMPLES = 8
-COLOURS = ("#1b5e9b", "#b3541e", "#3a7d44")  # told apart also in grey, where the line styles help
-STYLES = ("-", "--", ":")
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 62rem; margin: 0 auto; padding: 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-h1 + p { margin-top: 0; color: #444; }
-table { border-collapse: collapse; margin: .5rem 0; }
-th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } th.text, td.text { text-align: left; }
-figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 1.5rem; }
-figure svg, figure img { max-width: 100%; height: auto; }
-img.sheet { border: 1px solid #ddd; }
-.warning { border-left: 4px solid #b3541e; padding: .25rem 0 .25rem .8rem; background: #fdf4ee; }
-summary { cursor: pointer; } code { font-size: .9em; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } h2, h2 + p { break-after: avoid; }
-  figure, tr { break-inside: avoid; } details.long { display: none; } .curves { grid-template-columns: 1fr 1fr; } }
-"""
 
 PROTECTED = {
     unit: f"One {meaning}: adding or removing it at one site changes what leaves the site by at most the epsilon and"
@@ -66,16 +45,11 @@ NOT_PROTECTED = (
 )
 
 
-@dataclass(frozen=True)
-class Line:
-    name: str
-    rounds: list[int]
-    values: list[float]
-
-
-def report_html(run: RunDirectory) -> str:
+def report_html(run: RunDirectory, evaluation: Mapping[str, Any] | None = None) -> str:
     """The whole page.
 
+    Args:
+        evaluation: to be shown; default is the newest complete one of the run, where it has one.
     Raises:
         RunDirectoryError: no round is finished yet, or a file of the run is damaged.
     """
@@ -84,21 +58,30 @@ def report_html(run: RunDirectory) -> str:
         raise RunDirectoryError(f"the run in {run.path} has no finished round yet", hint="wait for its first rounds")
     plan = make_plan(run.config)
     result = run.read_json("result.json") if run.finished else {}
-    spent = [] if not plan.private else _epsilon_over_rounds(plan, run)
+    if evaluation is None:
+        evaluation = load_evaluation(run.path) if complete_evaluations(run.path) else None
+    else:
+        check_evaluation(evaluation, origin=run.path / "the given evaluation")
+    steps_at = {server_round: _steps_until(run, server_round) for server_round in quality_rounds(run)}
+    spent = [] if not plan.private else _epsilon_over_rounds(plan, run, also=steps_at.values())
+    after = {report.steps: report.epsilon for report in spent}
+    epsilon_at = {server_round: after[steps] for server_round, steps in steps_at.items() if steps in after}
     done, rounds = events[-1]["server_round"], run.config.federation.rounds
     state = "finished" if run.finished else f"at round {done} of {rounds}"
     title = f"{run.path.resolve().name}: {state}"
     parts = [
-        f"<h1>{_text(title)}</h1>",
-        f"<p>{_text(_summary(run))}</p>",
-        *_accuracy(result),
+        f"<h1>{escaped(title)}</h1>",
+        f"<p>{escaped(_summary(run))}</p>",
+        *_accuracy(result, evaluated=evaluation is not None),
+        *evaluation_sections(run, evaluation, epsilon_at=epsilon_at),
         *_privacy(run, plan, spent),
         *_pictures(run),
         *_curves(events, run.timings(), spent),
+        *_tables(run),
         *_protection(run),
         *_settings(run),
     ]
-    return _page(title, parts)
+    return html_page(title, parts)
 
 
 def _summary(run: RunDirectory) -> str:
@@ -111,21 +94,32 @@ def _summary(run: RunDirectory) -> str:
     )
 
 
-def _accuracy(result: dict[str, Any]) -> list[str]:
-    figures = result.get("metrics", {}).get("caption-accuracy")
-    if figures is None:
+def _accuracy(result: dict[str, Any], *, evaluated: bool) -> list[str]:
+    """What the end of training measured; a reason for nothing is left out where an evaluation says more."""
+    found = result.get("metrics", {}).get("caption-accuracy")
+    if found is None:
         return []
-    if "accuracy" not in figures:
-        return ["<h2>Accuracy</h2>", f"<p>Not measured: {_text(figures.get('not_measured', 'no reference set'))}.</p>"]
-    rows = [
-        [name, f"{value:.3f}", f"{float(figures['held_out_real'][name]):.3f}", f"{float(figures['chance'][name]):.3f}"]
-        for name, value in figures["accuracy"].items()
-    ]
+    head = ["", "generated", "real", "chance"]
+    if "figures" in found:
+        figures = list(figures_of(result, "caption-accuracy"))
+        rows = [[figure.name, (number(figure.value), Small(span(figure))), number(figure.floor), number(figure.chance)]
+                for figure in figures]  # fmt: skip
+        n = figures[0].n if figures else 0
+    elif "accuracy" in found:
+        rows = [
+            [name, f"{value:.3f}", f"{float(found['held_out_real'][name]):.3f}", f"{float(found['chance'][name]):.3f}"]
+            for name, value in found["accuracy"].items()
+        ]
+        n = found["n"]
+    elif evaluated:
+        return []
+    else:
+        return ["<h2>Accuracy</h2>", f"<p>Not measured: {escaped(found.get('not_measured', 'no reference set'))}.</p>"]
     note = (
-        f"{figures['n']} generated pictures, judged by a classifier that was trained on real pictures of the public"
-        " reference set; 'real' is the same classifier on real pictures it was not trained on"
+        f"{n} generated pictures, judged by a classifier that was trained on real pictures of the public reference set;"
+        " 'real' is the same classifier on real pictures it was not trained on"
     )
-    return ["<h2>Are prompts obeyed?</h2>", _table(["", "generated", "real", "chance"], rows, caption=note)]
+    return ["<h2>Are prompts obeyed?</h2>", table(head, rows, caption=note)]
 
 
 def _privacy(run: RunDirectory, plan: PrivacyPlan, spent: Sequence[EpsilonReport]) -> list[str]:
@@ -138,11 +132,11 @@ def _privacy(run: RunDirectory, plan: PrivacyPlan, spent: Sequence[EpsilonReport
         f"epsilon per site after {run.steps_charged()} charged steps, at delta {plan.delta:.0e}; the larger of PRV and"
         f" PLD counts; RDP is a looser bound. Adjacency: {now.adjacency} one {now.unit}"
     )
-    parts.append(_table(["", "PRV", "PLD", "RDP"], rows, caption=caption))
+    parts.append(table(["", "PRV", "PLD", "RDP"], rows, caption=caption))
     if now.fallback:
-        parts.append(f'<p class="warning">{_text(now.fallback)}</p>')
+        parts.append(warning(now.fallback))
     if run.entropy == "seeded":
-        parts.append(f'<p class="warning">{_text(NOT_PROTECTED[0])}</p>')
+        parts.append(warning(NOT_PROTECTED[0]))
     facts = [
         ["target epsilon", f"{run.config.privacy.target_epsilon:g}"],
         ["noise multiplier sigma", f"{plan.noise_multiplier:g}"],
@@ -153,7 +147,7 @@ def _privacy(run: RunDirectory, plan: PrivacyPlan, spent: Sequence[EpsilonReport
     ]
     if plan.warm_start_noise_multiplier is not None:
         facts.append(["noise multiplier of the warm start", f"{plan.warm_start_noise_multiplier:g}"])
-    return [*parts, _table(["", "of the plan"], facts)]
+    return [*parts, table(["", "of the plan"], facts)]
 
 
 def _sites(run: RunDirectory) -> list[str]:
@@ -165,12 +159,12 @@ def _pictures(run: RunDirectory) -> list[str]:
     parts = []
     sheet = run.path / "sheet.png"
     if sheet.is_file():
-        parts += ["<h2>Pictures at the end</h2>", _image(sheet.read_bytes(), "Contact sheet: prompts under pictures")]
+        parts += ["<h2>Pictures at the end</h2>", image(sheet.read_bytes(), "Contact sheet: prompts under pictures")]
     samples = run.sample_paths()
     if samples:
-        chosen = [samples[round(place)] for place in _evenly(len(samples), MOST_SAMPLES)]
+        chosen = [samples[place] for place in evenly(len(samples), MOST_SAMPLES)]
         parts.append("<h2>Pictures over rounds</h2><p>The same prompts with the same latents in every sheet.</p>")
-        parts += [_image(path.read_bytes(), f"Samples after round {number}") for number, path in chosen]
+        parts += [image(path.read_bytes(), f"Samples after round {number}") for number, path in chosen]
     return parts
 
 
@@ -197,11 +191,22 @@ def _curves(
              [Line(name.upper(), steps, [getattr(report, name) for report in spent]) for name in ("prv", "pld", "rdp")])
         )  # fmt: skip
     drawn = [
-        _chart(title, y_label, lines, x_label="steps" if title == "Epsilon" else "round")
+        curves(title, y_label, lines, x_label="steps" if title == "Epsilon" else "round")
         for title, y_label, lines in charts
         if lines[0].values
     ]
     return ["<h2>Over rounds</h2>", '<div class="curves">', *drawn, "</div>"]
+
+
+def _tables(run: RunDirectory) -> list[str]:
+    """Whatever is registered as a table about a run and has something to say."""
+    parts = []
+    for name in REPORT_TABLES.names():
+        made = REPORT_TABLES.get(name)(run)
+        if made is not None:
+            shown = table(made.head, made.rows, text=len(made.head), caption=made.note)
+            parts.append(f"<h2>{escaped(made.title)}</h2>{shown}")
+    return parts
 
 
 def _protection(run: RunDirectory) -> list[str]:
@@ -210,7 +215,8 @@ def _protection(run: RunDirectory) -> list[str]:
     not_protected = NOT_PROTECTED if run.entropy == "seeded" else NOT_PROTECTED[1:]
     return [
         "<h2>What was protected, and what not</h2>",
-        "<p>Protected:</p>", _list([PROTECTED[run.config.privacy.unit]]), "<p>Not protected:</p>", _list(not_protected),
+        "<p>Protected:</p>", bullets([PROTECTED[run.config.privacy.unit]]),
+        "<p>Not protected:</p>", bullets(not_protected),
     ]  # fmt: skip
 
 
@@ -220,118 +226,23 @@ def _settings(run: RunDirectory) -> list[str]:
     versions = [[name, value] for name, value in run.read_json("versions.json").items()]
     return [
         "<h2>Settings</h2>",
-        _table(["setting", "value", "meaning"], rows, text_from=1),
+        table(["setting", "value", "meaning"], rows, text=3),
         "<h2>Versions</h2>",
-        _table(["", "version"], versions, text_from=1),
-        '<details class="long"><summary>Public prompts</summary>', _list(run.prompts), "</details>",
+        table(["", "version"], versions, text=2),
+        '<details class="long"><summary>Public prompts</summary>', bullets(run.prompts), "</details>",
     ]  # fmt: skip
 
 
-def _epsilon_over_rounds(plan: PrivacyPlan, run: RunDirectory) -> list[EpsilonReport]:
-    """At some step counts up to what is charged now; from public quantities alone."""
+def _epsilon_over_rounds(plan: PrivacyPlan, run: RunDirectory, *, also: Collection[int]) -> list[EpsilonReport]:
+    """At some step counts up to what is charged now, and at `also`; from public quantities alone."""
     charged = max(1, run.steps_charged())
-    steps = sorted({max(1, round(place)) for place in _evenly(charged + 1, EPSILON_POINTS)})
+    steps = sorted({*(max(1, place) for place in evenly(charged + 1, EPSILON_POINTS)), *also})
     return epsilon_curve(
         sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps, delta=plan.delta,
         warm_start_noise_multiplier=plan.warm_start_noise_multiplier, unit=plan.unit,
     )  # fmt: skip
 
 
-def _evenly(count: int, most: int) -> list[float]:
-    if count <= most:
-        return [float(place) for place in range(count)]
-    return [place * (count - 1) / (most - 1) for place in range(most)]
-
-
-def _chart(title: str, y_label: str, lines: Sequence[Line], *, x_label: str) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    # Letters as paths would be unreadable for a screen reader and large; ids from a fixed salt keep the file stable.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(5.4, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        for place, line in enumerate(line for line in lines if line.values):
-            colour, window = COLOURS[place % 3], len(line.values) // 40
-            if window > 1:  # what jumps from round to round is drawn thin, behind its moving average
-                axes.plot(line.rounds, line.values, color=colour, linewidth=0.8, alpha=0.25)
-            axes.plot(
-                line.rounds, _smoothed(line.values, window), label=line.name, color=colour, linewidth=1.8,
-                linestyle=STYLES[place % 3], marker="." if len(line.rounds) < 3 else None,
-            )  # fmt: skip
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.set_ylim(bottom=min(0, *(min(line.values) for line in lines if line.values)))
-        axes.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=9)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    alternative = f"{title}. " + " ".join(_described(line, x_label) for line in lines if line.values)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{_text(alternative)}"', 1)
-    return f"<figure>{svg}<figcaption>{_text(alternative)}</figcaption></figure>"
-
-
-def _smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean of `window` values before and after each; fewer at the ends."""
-    totals = [0.0, *itertools.accumulate(values)]
-    spans = [(max(0, place - window), min(len(values), place + window + 1)) for place in range(len(values))]
-    return [(totals[end] - totals[start]) / (end - start) for start, end in spans]
-
-
-def _described(line: Line, x_label: str) -> str:
-    first, last = line.values[0], line.values[-1]
-    return (
-        f"{line.name}: {first:.3g} at {x_label} {line.rounds[0]}, {last:.3g} at {line.rounds[-1]},"
-        f" between {min(line.values):.3g} and {max(line.values):.3g}."
-    )
-
-
-def _image(png: bytes, alternative: str) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img class="sheet" src="data:image/png;base64,{data}" alt="{_text(alternative)}">'
-        f"<figcaption>{_text(alternative)}</figcaption></figure>"
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "", text_from: int = 99) -> str:
-    # A paragraph, since a browser makes a caption no wider than its table.
-    note = f"<p>{_text(caption)}</p>" if caption else ""
-    kinds = [' class="text"' if place >= text_from else "" for place in range(len(head))]
-    heads = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True))
-    lines = []
-    for first, *cells in rows:
-        text = "".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds[1:], cells, strict=True))
-        lines.append(f'<tr><th scope="row">{_text(first)}</th>{text}</tr>')
-    return f"{note}<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _list(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            # Nothing may be fetched and nothing may run, whatever stands in a prompt.
-            '<meta http-equiv="Content-Security-Policy"'
-            " content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>",
-            *parts,
-            "</body></html>",
-            "",
-        ]
-    )
+def _steps_until(run: RunDirectory, server_round: int) -> int:
+    """Steps charged for all attempts of the rounds up to `server_round`."""
+    return sum(line["steps"] for line in run.charges() if line["server_round"] <= server_round)
