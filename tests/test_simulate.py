@@ -50,8 +50,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.metrics.caption_accuracy.LEAST_STEPS", 10)
-    monkeypatch.setattr("shared.metrics.caption_accuracy.LEAST_PICTURES", 2)
+    monkeypatch.setattr("shared.metrics.attributes.LEAST_STEPS", 10)
+    monkeypatch.setattr("shared.metrics.attributes.LEAST_PICTURES", 2)
 
 
 def arguments(places: Path, out: Path, *more: str) -> list[str]:
@@ -64,7 +64,7 @@ def finished(places: Path) -> tuple[Path, dict[str, Any], str]:
     """(run directory, result as printed, talk) of an undisturbed run."""
     out = places / "runs/a"
     script = (
-        "import sys; from shared.metrics import caption_accuracy as c; c.LEAST_STEPS = 10; c.LEAST_PICTURES = 2\n"
+        "import sys; from shared.metrics import attributes as c; c.LEAST_STEPS = 10; c.LEAST_PICTURES = 2\n"
         "from shared.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, *arguments(places, out, "--json")]

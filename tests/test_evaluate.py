@@ -1,0 +1,327 @@
+"""`fedcanvas evaluate`: every figure or its reason, kept as it goes, refused with words where it cannot be believed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from public_pictures import PLAIN, shapes
+from released_run import PROMPTS, make_released_run
+from safetensors.torch import load_file, save_file
+
+from server.evaluate_cli import EvaluationProgress
+from shared.cli import run
+from shared.data.encoding import encode_png
+from shared.metrics import METRICS, Measurement, Pictures, Setting
+from shared.metrics.figure import Figure, Interval
+from shared.rundir import load_model
+
+QUICK = ["--metrics", "caption-accuracy,downstream,nearest", "--n", "240", "--trainings", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.metrics.attributes.LEAST_STEPS", 30)
+    monkeypatch.setattr("shared.metrics.downstream.FEWEST_STEPS", 20)
+    monkeypatch.setattr("shared.metrics.downstream.EPOCHS", 1)
+    monkeypatch.setattr("shared.metrics.downstream.PASSES_OF_MLP", 3)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a released run, and a public set of 500 pictures as an .npz."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_released_run(folder / "runs/a")
+    write_npz(folder / "public.npz", 500)
+    return folder
+
+
+@pytest.fixture
+def place(places: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(places, tmp_path / "here")
+
+
+def write_npz(file: Path, count: int, *, test: int = 0, seed: int = 0, channels: int = 3) -> None:
+    """Shapes as an .npz whose captions are the prompts of the model: "a photo of a <class>" says so itself."""
+    made = {}
+    for split, number, of in (("train", count, seed), ("test", test, seed + 1)):
+        if number:
+            data = shapes(number, seed=of, channels=channels)
+            captions = [captions[0] for captions in data.captions]
+            made[f"x_{split}"] = data.images[..., 0] if channels == 1 else data.images
+            made[f"y_{split}"] = np.array([PROMPTS.index(caption) for caption in captions])
+    np.savez(file, class_names=np.array([f"kind {place}" for place in range(len(PROMPTS))]), **made)
+
+
+def folder_of_shapes(path: Path, count: int, *, channels: int = 3) -> Path:
+    """The layout of a folder, whose captions equal the prompts."""
+    data = shapes(count, channels=channels)
+    (path / "images").mkdir(parents=True)
+    lines = ["file_name,text,colour,background"]
+    for place, image in enumerate(data.images):
+        (path / f"images/{place}.png").write_bytes(encode_png(image))
+        kind = next(kind for kind in PLAIN if kind.caption == data.captions[place][0])
+        lines.append(f"images/{place}.png,{kind.caption},{kind.colour},{kind.background}")
+    (path / "captions.csv").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
+    assert run(["evaluate", *map(str, arguments), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    assert run(["evaluate", *map(str, arguments)]) > 0
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "hint: " in error
+    return error
+
+
+# ---- what it says
+
+
+def test_every_figure_stands_with_what_makes_it_believable(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = folder_of_shapes(place / "public", 500)
+    found = evaluated(capsys, place / "runs/a", "--reference", reference, *QUICK)
+    assert list(found["metrics"]) == ["caption-accuracy", "downstream", "nearest"]
+    assert found["reference"]["parts"] == {"fit": 200, "reference": 100, "floor": 100, "test": 100}
+    for entry in found["metrics"].values():
+        for table in entry["figures"]:
+            figure = Figure.from_dict(table)
+            assert figure.n == 240
+            assert figure.reference.startswith("public, ")
+            assert figure.interval.how
+            assert figure.interval.low <= figure.value <= figure.interval.high
+            assert figure.floor is not None
+            assert figure.seeds["pictures"] == [1]
+    assert (found["privacy"]["epsilon"], found["privacy"]["simulated"]) == (1.5, True)
+    stored = json.loads((place / "runs/a/evaluations" / found["key"] / "evaluation.json").read_text())
+    assert stored["metrics"] == found["metrics"]
+
+
+def test_the_text_says_the_same_numbers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = folder_of_shapes(place / "public", 500)
+    found = evaluated(capsys, place / "runs/a", "--reference", reference, *QUICK)
+    assert run(["evaluate", str(place / "runs/a"), "--reference", str(reference), *QUICK]) == 0
+    text = capsys.readouterr().out
+    for entry in found["metrics"].values():
+        for table in entry["figures"]:
+            assert f"{table['value']:.4f}" in text or f"{table['value']:.2f}" in text
+    assert "epsilon 1.5 at delta 1e-04, add/remove one example" in text
+
+
+def test_the_same_command_gives_the_same_figures_and_another_seed_others(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = folder_of_shapes(place / "public", 500)
+    arguments = [place / "runs/a", "--reference", reference, *QUICK]
+    first = evaluated(capsys, *arguments, "--out", place / "one")
+    again = evaluated(capsys, *arguments, "--out", place / "two")
+    other = evaluated(capsys, *arguments, "--out", place / "one", "--seed", "5")
+    figures = [[entry["figures"] for entry in found["metrics"].values()] for found in (first, again, other)]
+    assert figures[0] == figures[1]
+    assert figures[0] != figures[2]
+    assert first["key"] == again["key"] != other["key"]
+
+
+def test_what_cannot_be_measured_says_why_and_is_not_a_number(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = place / "public.npz"  # whose captions are no prompts of the model
+    found = evaluated(capsys, place / "runs/a", "--reference", reference, "--metrics", "caption-accuracy,clip-score")
+    for entry in found["metrics"].values():
+        assert "figures" not in entry
+        assert entry["not_measured"]
+    assert "no prompt equals a caption" in found["metrics"]["caption-accuracy"]["not_measured"]
+    assert run(["evaluate", str(place / "runs/a"), "--reference", str(reference), "--metrics", "clip-score"]) == 0
+    assert "not measured: " in capsys.readouterr().out
+
+
+def test_a_test_split_of_the_file_is_what_is_tested_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_npz(place / "both.npz", 400, test=70)
+    found = evaluated(
+        capsys, place / "runs/a", "--reference", place / "both.npz", "--metrics", "nearest", "--n", "40"
+    )
+    assert found["reference"]["parts"]["test"] == 70
+    assert any("tested on x_test of both.npz" in text for text in found["conversions"])
+
+
+def test_a_model_folder_alone_is_measured_beside_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(place / "runs/a/model", place / "given")
+    found = evaluated(capsys, model, "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24")
+    assert Path(found["file"]).parent.parent == place / "given-evaluations"
+
+
+def test_fewer_pictures_than_prompts_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluated(capsys, place / "runs/a", "--reference", place / "public.npz", "--metrics", "nearest", "--n", "5")
+    assert any("5 pictures are fewer than the model's 12 prompts" in text for text in found["conversions"])
+
+
+# ---- interrupted, and gone on with
+
+
+class _Counting:
+    """A metric that counts how often it is measured, and is interrupted when it is told so."""
+
+    measured: list[str] = []  # noqa: RUF012
+    interrupt = False
+
+    @classmethod
+    def prepare(cls, setting: Setting) -> _Counting:
+        return cls()
+
+    def measure(self, pictures: Pictures) -> Measurement:
+        if _Counting.interrupt:
+            raise KeyboardInterrupt
+        _Counting.measured.append(pictures.digest)
+        return Measurement([Figure("count", 1.0, Interval(1, 1, "x"), "higher", len(pictures), "none", 0)])
+
+
+@pytest.fixture
+def _with_counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(METRICS._entries, "zz-counting", "test_evaluate:_Counting")
+    _Counting.measured.clear()
+    yield
+    _Counting.interrupt = False
+
+
+@pytest.mark.usefixtures("_with_counting")
+def test_an_interrupted_evaluation_keeps_what_it_has_and_goes_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(place / "runs/a"), "--reference", str(place / "public.npz"), "--n", "24"]
+    _Counting.interrupt = True
+    assert run(["evaluate", *arguments, "--metrics", "nearest,zz-counting"]) == 130
+    error = capsys.readouterr().err
+    assert "what was measured so far is kept" in error
+    assert "fedcanvas evaluate" in error
+    (folder,) = (place / "runs/a/evaluations").iterdir()
+    assert (folder / "nearest.json").is_file()
+    assert not (folder / "evaluation.json").exists()
+    kept = (folder / "nearest.json").stat().st_mtime_ns
+    _Counting.interrupt = False
+    found = evaluated(capsys, *arguments, "--metrics", "nearest,zz-counting")
+    assert (folder / "nearest.json").stat().st_mtime_ns == kept
+    assert list(found["metrics"]) == ["nearest", "zz-counting"]
+    evaluated(capsys, *arguments, "--metrics", "zz-counting")
+    assert len(_Counting.measured) == 1
+    evaluated(capsys, *arguments, "--metrics", "zz-counting", "--fresh")
+    assert len(_Counting.measured) == 2
+
+
+def test_a_damaged_partial_result_is_measured_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [place / "runs/a", "--reference", place / "public.npz", "--n", "24", "--metrics", "nearest"]
+    first = evaluated(capsys, *arguments)
+    file = Path(first["file"]).with_name("nearest.json")
+    file.write_text(file.read_text()[:50])
+    assert evaluated(capsys, *arguments)["metrics"]["nearest"]["figures"] == first["metrics"]["nearest"]["figures"]
+
+
+def test_features_of_public_pictures_are_made_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [place / "runs/a", "--reference", place / "public.npz", "--n", "24", "--metrics", "nearest"]
+    evaluated(capsys, *arguments)
+    cache = place / "runs/.fedcanvas-reference"
+    before = {path.name: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert any(name.startswith("features-") for name in before)
+    assert any(name.startswith("attributes-") for name in before)
+    evaluated(capsys, *arguments, "--fresh")
+    assert {path.name: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
+
+
+# ---- bad input
+
+
+def test_a_reference_must_be_named_and_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "missing --reference" in refused(capsys, place / "runs/a")
+    assert "there is no data at" in refused(capsys, place / "runs/a", "--reference", place / "nowhere")
+
+
+def test_an_empty_reference_and_one_of_a_single_picture_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "empty").mkdir()
+    (place / "empty/captions.csv").write_text("file_name,text\n")
+    assert "has no rows" in refused(capsys, place / "runs/a", "--reference", place / "empty")
+    single = folder_of_shapes(place / "single", 1)
+    assert "too few for its parts" in refused(capsys, place / "runs/a", "--reference", single)
+
+
+def test_grey_pictures_of_mixed_sizes_are_prepared_as_the_runs_own_and_that_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = folder_of_shapes(place / "grey", 120, channels=1)
+    (grey / "images/0.png").write_bytes(encode_png(np.zeros((30, 50, 1), np.uint8)))
+    found = evaluated(capsys, place / "runs/a", "--reference", grey, "--metrics", "nearest", "--n", "24")
+    assert any("squares of 8 px, colour" in text for text in found["conversions"])
+    assert "figures" in found["metrics"]["nearest"]
+
+
+def test_weights_that_are_not_finite_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import hashlib
+
+    folder = place / "runs/a/model"
+    weights = load_file(folder / "generator.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, folder / "generator.safetensors")
+    card = json.loads((folder / "model.json").read_text())
+    card["files"]["generator.safetensors"] = hashlib.sha256((folder / "generator.safetensors").read_bytes()).hexdigest()
+    (folder / "model.json").write_text(json.dumps(card))
+    assert "not finite" in refused(capsys, place / "runs/a", "--reference", place / "public.npz")
+
+
+def test_an_extractor_that_is_none_and_an_unknown_metric_are_refused_before_anything_is_drawn(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [place / "runs/a", "--reference", place / "public.npz"]
+    assert "unknown metric 'fidd'" in refused(capsys, *arguments, "--metrics", "fidd")
+    assert "inceptoin" in refused(capsys, *arguments, "--extractor", "inceptoin")
+    (place / "note.pth").write_text("this is no network")
+    found = evaluated(capsys, *arguments, "--extractor", place / "note.pth", "--metrics", "nearest", "--n", "24")
+    assert "note.pth" in found["metrics"]["nearest"]["not_measured"]
+
+
+def test_a_run_that_is_not_finished_says_how_to_finish_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(place / "runs/a/model")
+    assert "is not finished" in refused(capsys, place / "runs/a", "--reference", place / "public.npz")
+
+
+def test_two_evaluations_at_one_time_do_not_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from shared.rundir import take_lock
+
+    arguments = [place / "runs/a", "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24"]
+    found = evaluated(capsys, *arguments)
+    with take_lock(Path(found["file"]).parent):
+        assert "in use by another process" in refused(capsys, *arguments)
+
+
+def test_on_a_terminal_bars_come_down_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with EvaluationProgress(terminal=True) as progress:
+        progress.metric("fid", 1, 2)
+        progress.line("features")
+        progress.step(1, 2)
+        progress.step(2, 2)
+    with EvaluationProgress(terminal=False) as progress:
+        progress.metric("fid", 1, 2)
+        progress.line("features")
+        progress.step(2, 2)
+    assert "1 of 2: fid\n  features\n" in capsys.readouterr().err
+
+
+def test_pictures_that_are_measured_are_those_that_generate_draws(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from server.evaluation import pictures
+
+    model = load_model(place / "runs/a")
+    out = place / "pictures"
+    assert run(["generate", PROMPTS[2], "--model", str(place / "runs/a"), "--n", "1", "--seed", "1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    import cv2
+
+    (file,) = (path for path in out.glob("*.png") if path.name != "sheet.png")
+    drawn = pictures(model, [PROMPTS[2]], seed=1, indices=[0])[0]
+    assert np.array_equal(cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB), drawn)
