@@ -207,10 +207,10 @@ def _evaluator(
 ) -> tuple[Evaluator, dict[str, Any]]:  # fmt: skip
     from server.evaluator import Evaluator, Request
     from shared.metrics import Setting
-    from shared.metrics.extractor import EXTRACTORS, named
+    from shared.metrics.extractor import named
     from shared.metrics.public_sets import divide
 
-    entry, path = named(extractor)
+    builder, path = named(extractor)
     cache = _cache_of(run)
     known, split = _public(reference, model.config, cache), None
     tested = _public(test, model.config, cache) if test is not None else None
@@ -219,7 +219,7 @@ def _evaluator(
     public = divide(known, n=n, test=tested)
 
     def build(setting: Setting) -> Extractor:
-        return EXTRACTORS.get(entry)(setting, path)
+        return builder(setting, path)
 
     setting = Setting(
         public, build, dual_encoder=clip, seed=0, trainings=trainings, cache_dir=cache, progress=progress.line,
