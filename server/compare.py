@@ -286,7 +286,7 @@ def _row(
     better = next(iter(figures.values())).better
     values: dict[str, list[float]] = {}
     for group in groups:
-        if all(place in figures for place in group.places):
+        if all(place in figures and math.isfinite(figures[place].value) for place in group.places):
             values[group.name] = [figures[place].value for place in group.places]
     means = {
         name: (sum(seeds) / len(seeds), seeds_interval(seeds, how=f"Student's t over {len(seeds)} seeds"))
