@@ -127,6 +127,7 @@ def points(
         axes.set_yticks(range(len(rows)), [_printable(row.name) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel(_printable(x_label))
+        axes.locator_params(axis="x", nbins=6)
         if marks:
             names = [f" {_printable(name)}" for name, _ in marks]
             axes.figure.legend(handles, names, frameon=False, fontsize=8.5, loc="outside lower center", ncols=2)

@@ -115,6 +115,11 @@ def metric_name(metric: str) -> str:
     return METRIC_WORDS[metric][0] if metric in METRIC_WORDS else metric
 
 
+def _both_names(metric: str) -> tuple[str, ...]:
+    name = metric_name(metric)
+    return (name,) if name == metric else (name, Small(metric))
+
+
 def figure_label(metric: str, figure: Figure) -> str:
     """What a figure is called where figures of several metrics stand together."""
     return figure.name if figure.name.split(" ")[0] == metric else f"{metric}: {figure.name}"
@@ -199,8 +204,9 @@ def _headline(evaluation: Mapping[str, Any]) -> list[str]:
         return [warning("No figure could be measured.")]
     head = ["figure", "value, 95 % interval", "real pictures", "guessing", "pictures", "how, and what to beware of"]
     caption = (
-        "Under each value its interval: with other pictures and seeds it would lie there in 95 of 100 cases. “Real"
-        " pictures” is what real ones get in place of generated ones: no generator does better but by chance"
+        "Under each value its 95 % interval: how sure it is with so many pictures and seeds; another public set or"
+        " extractor would give another figure altogether. “Real pictures” is what real ones get in place of generated"
+        " ones: no generator does better but by chance"
     )
     return [table(head, rows, caption=caption, text_at=(5,))]
 
@@ -210,9 +216,9 @@ def _not_measured(evaluation: Mapping[str, Any]) -> list[str]:
     rows = []
     for metric, entry in evaluation["metrics"].items():
         if "not_measured" in entry:
-            rows.append([(metric_name(metric), Small(metric)), entry["not_measured"], entry.get("hint") or "–"])
+            rows.append([_both_names(metric), entry["not_measured"], entry.get("hint") or "–"])
         elif not entry.get("figures"):
-            rows.append([(metric_name(metric), Small(metric)), "interrupted before it was finished", "evaluate again"])
+            rows.append([_both_names(metric), "interrupted before it was finished", "evaluate again"])
     parts = []
     if rows:
         parts += ["<h3>Not measured</h3>", table(["", "why", "what helps"], rows, text=3)]
@@ -227,7 +233,7 @@ def _not_measured(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _explained(evaluation: Mapping[str, Any]) -> list[str]:
     rows = [
-        [(METRIC_WORDS[metric][0], Small(metric)), METRIC_WORDS[metric][1], METRIC_WORDS[metric][2]]
+        [_both_names(metric), *METRIC_WORDS[metric][1:]]
         for metric in evaluation["metrics"]
         if metric in METRIC_WORDS
     ]

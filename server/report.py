@@ -1,7 +1,8 @@
-"""A run as one HTML file that needs no network and runs no script: curves, samples, epsilon, settings.
+"""A run as one HTML file that needs no network and runs no script: curves, samples, epsilon, settings, evaluation.
 
 Reads the run directory only, so it also shows a run that is going on. Everything from outside is escaped.
-Figures whose text matters (curves) have a text alternative and their numbers in a table.
+Not here: what an evaluation says (`server.evaluation_page`), tables of later commands (`server.report_tables`),
+drawing (`server.charts`) and the page's frame (`shared.page`).
 """
 
 from __future__ import annotations

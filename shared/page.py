@@ -26,7 +26,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 thead th { vertical-align: bottom; } tbody th { text-align: left; font-weight: 400; }
 th.text, td.text { text-align: left; } thead th:first-child { text-align: left; }
-td.text, tbody th { overflow-wrap: break-word; max-width: 26rem; } small { font-size: .85rem; color: #444; }
+td.text, tbody th { overflow-wrap: break-word; max-width: 26rem; } tbody th { min-width: 6rem; }
+td:not(.text) small { white-space: nowrap; } small { font-size: .85rem; color: #444; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0 1.5rem; }
 .curves > * { min-width: 0; }
@@ -36,12 +37,13 @@ figure.sheet img { border: 1px solid #ddd; }
 summary { cursor: pointer; } details { margin: .4rem 0; } details table { font-size: .85rem; }
 code { font-size: .9em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8; padding: .6rem .8rem; }
-@media (max-width: 30rem) { body { padding: 1rem; } table { font-size: .9rem; }
+@media (max-width: 30rem) { body { padding: 1rem; } table { font-size: .9rem; } td.text { min-width: 9rem; }
   figure.sheet { overflow-x: auto; } figure.sheet img { max-width: none; height: auto; } }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } h2, h3, h2 + p, h3 + p { break-after: avoid; }
   figure, tr { break-inside: avoid; } details.long, details.numbers { display: none; }
   .wide { overflow: visible; } table { font-size: 8.5pt; } th, td { padding-right: .6rem; } small { font-size: 7.5pt; }
-  .curves { grid-template-columns: 1fr 1fr; } }
+  .curves { grid-template-columns: 1fr 1fr; }
+  details::details-content { content-visibility: visible; display: block; } }
 """
 
 

@@ -55,8 +55,8 @@ def figure(name: str, value: float, reach: float, **about: Any) -> dict[str, Any
 
 
 def evaluation(
-    *, key: str = "0123abcd", fid: float = 12.0, accuracy: float = 0.8, n: int = 1000, extractor: str = "local 3f9a01c2",
-    digest: str = "d" * 64, epsilon: float = 1.5, reach: float = 0.01,
+    *, key: str = "0123abcd", fid: float = 12.0, accuracy: float = 0.8, n: int = 1000,
+    extractor: str = "local 3f9a01c2", digest: str = "d" * 64, epsilon: float = 1.5, reach: float = 0.01,
 ) -> dict[str, Any]:  # fmt: skip
     by = {"n": n, "extractor": extractor, "reference": "public shapes, reference"}
     return {
