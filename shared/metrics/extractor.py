@@ -10,17 +10,24 @@ Inception with the published weights may be called by their plain names; all oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from shared.registry import Registry
+from shared.errors import UsageError
+from shared.registry import Registry, nearest_name_hint
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shared.metrics import Setting
+
+LONG = 20.0  # seconds; what takes longer is announced
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +77,31 @@ EXTRACTORS: Registry[Callable[[Setting, str], Extractor]] = Registry(
 """Each entry: (setting, path or model id, "" where none was named) to an extractor."""
 
 
+def named(text: str) -> tuple[Callable[[Setting, str], Extractor], str]:
+    """What `--extractor TEXT` means: an entry of `EXTRACTORS`, and the path or id for it ("" where none was named).
+
+    A known name comes first, also where a file is called so (`./local` is the file), then `NAME:PATH`, then a file
+    (Inception weights) or a folder (a model of `transformers`).
+
+    Raises:
+        UsageError: none of them.
+    """
+    if text in EXTRACTORS:
+        return EXTRACTORS.get(text), ""
+    kind, colon, path = text.partition(":")
+    if colon and path and kind in EXTRACTORS:
+        return EXTRACTORS.get(kind), path
+    if Path(text).is_file():
+        return EXTRACTORS.get("inception"), text
+    if Path(text).is_dir():
+        return EXTRACTORS.get("clip"), text
+    raise UsageError(
+        f"unknown extractor '{text}', and no file or folder of that name",
+        hint=f"{nearest_name_hint(kind, EXTRACTORS.names())}; or a file with Inception weights, a folder with a"
+        " transformers model, clip:MODEL-ID",
+    )
+
+
 def cached_features(
     extractor: Extractor, images: np.ndarray, *, digest: str, cache_dir: Path | None,
     step: Callable[[int, int], None],
@@ -93,3 +125,43 @@ def cached_features(
         arrays = {"pooled": made.pooled} if made.logits is None else {"pooled": made.pooled, "logits": made.logits}
         write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
     return made
+
+
+def in_batches(
+    images: np.ndarray, network: Callable[[np.ndarray], tuple[Tensor, Tensor | None]], *, size: int, what: str,
+    progress: Callable[[str], None], step: Callable[[int, int], None],
+) -> Features:  # fmt: skip
+    """Features of all `images`, `size` at a time. Where it will take long, the first batch tells how long.
+
+    Args:
+        network: `(B, H, W, C)` uint8 to pooled `(B, D)` and logits `(B, K)` or `None`.
+        what: is made, for the line about the time.
+    """
+    import torch
+
+    pooled: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
+    for start in range(0, len(images), size):
+        began = time.monotonic()
+        with torch.inference_mode():
+            rows, of_classes = network(np.ascontiguousarray(images[start : start + size]))
+        pooled.append(rows.float().numpy())
+        logits += [] if of_classes is None else [of_classes.float().numpy()]
+        left = (time.monotonic() - began) * (len(images) / size - 1)
+        if start == 0 and left > LONG:
+            progress(f"{what} of {len(images):,} pictures: about {in_words(left)} on this machine")
+        step(min(start + size, len(images)), len(images))
+    return Features(np.concatenate(pooled), np.concatenate(logits) if logits else None)
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def fingerprint_of(weights: Mapping[str, Tensor], *about: object) -> str:
+    """SHA-256, 64 hex digits, over weights by sorted name with their shapes, and over the texts of `about`."""
+    total = hashlib.sha256(repr([str(part) for part in about]).encode())
+    for name, tensor in sorted(weights.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
