@@ -20,7 +20,7 @@ from shared.metrics import Figure, Measurement, Pictures, Setting
 from shared.metrics.extractor import LONG, in_words
 from shared.metrics.feature_sets import FeatureSets, joined
 from shared.metrics.figure import bootstrap, deviation_interval
-from shared.metrics.torchvision_operators import ensure_importable
+from shared.torchvision_operators import ensure_importable
 
 RESAMPLINGS = 30
 MANY_FEATURES, FEWER_RESAMPLINGS = 512, 20  # of 2,048 features one takes about 5 s

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shared.errors import DataError
 from shared.metrics.extractor import Features, fingerprint_of, in_batches
-from shared.metrics.torchvision_operators import ensure_importable
+from shared.torchvision_operators import ensure_importable
 
 if TYPE_CHECKING:
     from shared.metrics import Setting

@@ -17,7 +17,7 @@ from shared.errors import DataError
 from shared.metrics import Figure, Measurement, Pictures, Setting
 from shared.metrics.feature_sets import FeatureSets
 from shared.metrics.figure import deviation_interval
-from shared.metrics.torchvision_operators import ensure_importable
+from shared.torchvision_operators import ensure_importable
 
 # torch-fidelity's defaults, so that its command line says the same.
 SPLITS, SHUFFLE_SEED = 10, 2020

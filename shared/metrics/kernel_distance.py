@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.metrics import Figure, Interval, Measurement, Pictures, Setting
 from shared.metrics.feature_sets import FeatureSets
 from shared.metrics.figure import CONFIDENCE
-from shared.metrics.torchvision_operators import ensure_importable
+from shared.torchvision_operators import ensure_importable
 
 # torch-fidelity's defaults, so that its command line says the same.
 SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1000, 2020

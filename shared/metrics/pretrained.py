@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shared.errors import DataError
-from shared.metrics.torchvision_operators import ensure_importable
+from shared.torchvision_operators import ensure_importable
 
 NOUNS = {"AutoImageProcessor": "image processor", "AutoProcessor": "processor", "AutoTokenizer": "tokenizer"}
 

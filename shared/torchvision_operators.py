@@ -5,7 +5,7 @@ import stops at the first one whose name it wants to extend: "operator torchvisi
 all it needs. They are declared here without anything behind them, and only where the compiled ones are absent.
 Not covered: calling them. Nothing that is measured draws boxes, and who calls one is told that it has no kernel.
 
-    python -c "from shared.metrics.torchvision_operators import ensure_importable; ensure_importable(); \\
+    python -c "from shared.torchvision_operators import ensure_importable; ensure_importable(); \\
         from torch_fidelity.fidelity import main; main()" --help
 """
 
