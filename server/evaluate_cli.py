@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from shared.cli import Interrupted, new_app, say, warn
+from shared.cli import Interrupted, new_app, say
 from shared.errors import DataError, UsageError
 from shared.progress import StepProgress
 
@@ -48,7 +48,9 @@ def evaluate(
         Path | None, typer.Option(help="Public pictures to test on.  [default: x_test of an .npz, or a fifth]")
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="Some of them, with commas between.  [default: all]")] = None,
-    n: Annotated[int, typer.Option("--n", min=FEWEST_PICTURES, max=MOST_PICTURES, help="Generated pictures.")] = DEFAULT_N,
+    n: Annotated[
+        int, typer.Option("--n", min=FEWEST_PICTURES, max=MOST_PICTURES, help="Generated pictures.")
+    ] = DEFAULT_N,
     extractor: Annotated[
         str, typer.Option(metavar="inception|clip|local|PATH", help="What turns pictures into features.")
     ] = "local",
@@ -271,7 +273,7 @@ def _conversions(run: Path, model: GeneratorModel, reference: Path, split: str |
     if split is not None:
         said.append(f"classifiers are tested on {split} of {reference.name}, all other parts come from x_train")
     if n < len(model.prompts):
-        said.append(f"{n} pictures are fewer than the model's {len(model.prompts)} prompts: the last ones are not drawn")
+        said.append(f"{n} pictures are fewer than the model's {len(model.prompts)} prompts: the last are not drawn")
     job = _job_of(run)
     if job and str(reference.resolve()) in job.get("data", []):
         said.append(
@@ -416,7 +418,8 @@ def _text(document: Mapping[str, Any], asked: Sequence[str]) -> str:
                 f"{label:<36}{_number(figure.value):>10}{between:>22}{real:>10}{chance:>9}{figure.n:>9,}"
             )
             if figure.at_floor_n is not None:
-                lines.append(f"{'':<36}{_number(figure.at_floor_n):>10} of {figure.floor_n:,}, as many as the real ones")
+                same = f"{_number(figure.at_floor_n):>10} of {figure.floor_n:,}, as many as the real ones"
+                lines.append(f"{'':<36}{same}")
             if figure.warning:
                 lines.append(f"    warning: {figure.warning}")
         lines += [f"    {note}" for note in found["notes"]]

@@ -106,12 +106,6 @@ def _accuracy(result: dict[str, Any], *, evaluated: bool) -> list[str]:
         rows = [[figure.name, (number(figure.value), Small(span(figure))), number(figure.floor), number(figure.chance)]
                 for figure in figures]  # fmt: skip
         n = figures[0].n if figures else 0
-    elif "accuracy" in found:
-        rows = [
-            [name, f"{value:.3f}", f"{float(found['held_out_real'][name]):.3f}", f"{float(found['chance'][name]):.3f}"]
-            for name, value in found["accuracy"].items()
-        ]
-        n = found["n"]
     elif evaluated:
         return []
     else:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from shared.config import TextConfig
 from shared.errors import ConfigError, DataError
 from shared.registry import Registry
+from shared.torchvision_operators import ensure_importable
 
 
 class CaptionEncoder(Protocol):
@@ -288,6 +289,7 @@ def build_transformers(config: TextConfig) -> CaptionEncoder:
 
 def quiet_transformers() -> Any:
     """The library, without its progress bars and advice; it takes seconds to load, so whoever hashes never waits."""
+    ensure_importable()  # image processors, which come with every model class, import torchvision
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -700,8 +700,8 @@ def _result_text(out: Path, result: Mapping[str, Any]) -> str:
     if rows:
         first = rows[0][1]
         lines += [
-            f"accuracy of {first.n:,} pictures, 95 % interval, told by a classifier trained on {first.reference_n:,} real",
-            f"pictures of the public reference set; 'real' is the same on {first.floor_n or 0:,} others that it has not seen",
+            f"accuracy of {first.n:,} pictures, 95 % interval, told by a classifier trained on {first.reference_n:,}",
+            f"real ones of the public reference set; 'real' is the same on {first.floor_n or 0:,} that it has not seen",
             f"  {'':<14}{'generated':>10}{'':>16}{'real':>8}{'chance':>8}",
         ]
         for name, figure in rows:

@@ -1,4 +1,4 @@
-"""A run directory with a released model whose weights are those that a model starts with; for tests of what comes after."""
+"""A run directory with a released model, its weights those that a model starts with: for tests of what comes after."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from public_pictures import PLAIN, as_pictures, setting_of, shapes
 
 from shared.data import ImageCaptionDataset
 from shared.errors import ConfigError, DataError
@@ -13,7 +14,6 @@ from shared.metrics import METRICS, Measurement, Pictures
 from shared.metrics.attributes import STRIDES, measuring_classifier
 from shared.metrics.caption_accuracy import CaptionAccuracy
 from simulations.shapes import Kind, grammar
-from public_pictures import PLAIN, as_pictures, setting_of, shapes
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Classifiers trained on generated pictures: equal to scikit-learn's own, at chance on noise, right on real pictures."""
+"""Classifiers trained on generated pictures: equal to scikit-learn's own, at chance on noise, right on real ones."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from public_pictures import PLAIN, shapes
@@ -15,11 +17,12 @@ from released_run import PROMPTS, make_released_run
 from safetensors.torch import load_file, save_file
 
 from server.evaluate_cli import EvaluationProgress
+from server.evaluation import pictures
 from shared.cli import run
 from shared.data.encoding import encode_png
 from shared.metrics import METRICS, Measurement, Pictures, Setting
 from shared.metrics.figure import Figure, Interval
-from shared.rundir import load_model
+from shared.rundir import load_model, take_lock
 
 QUICK = ["--metrics", "caption-accuracy,downstream,nearest", "--n", "240", "--trainings", "1"]
 
@@ -263,8 +266,6 @@ def test_grey_pictures_of_mixed_sizes_are_prepared_as_the_runs_own_and_that_is_s
 
 
 def test_weights_that_are_not_finite_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import hashlib
-
     folder = place / "runs/a/model"
     weights = load_file(folder / "generator.safetensors")
     next(iter(weights.values())).view(-1)[0] = float("nan")
@@ -292,8 +293,6 @@ def test_a_run_that_is_not_finished_says_how_to_finish_it(place: Path, capsys: p
 
 
 def test_two_evaluations_at_one_time_do_not_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from shared.rundir import take_lock
-
     arguments = [place / "runs/a", "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24"]
     found = evaluated(capsys, *arguments)
     with take_lock(Path(found["file"]).parent):
@@ -313,15 +312,13 @@ def test_on_a_terminal_bars_come_down_again(capsys: pytest.CaptureFixture[str]) 
     assert "1 of 2: fid\n  features\n" in capsys.readouterr().err
 
 
-def test_pictures_that_are_measured_are_those_that_generate_draws(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from server.evaluation import pictures
-
+def test_pictures_that_are_measured_are_those_that_generate_draws(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = load_model(place / "runs/a")
-    out = place / "pictures"
-    assert run(["generate", PROMPTS[2], "--model", str(place / "runs/a"), "--n", "1", "--seed", "1", "--out", str(out)]) == 0
+    out, of = place / "pictures", ["--model", str(place / "runs/a")]
+    assert run(["generate", PROMPTS[2], *of, "--n", "1", "--seed", "1", "--out", str(out)]) == 0
     capsys.readouterr()
-    import cv2
-
     (file,) = (path for path in out.glob("*.png") if path.name != "sheet.png")
     drawn = pictures(model, [PROMPTS[2]], seed=1, indices=[0])[0]
     assert np.array_equal(cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB), drawn)

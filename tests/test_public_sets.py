@@ -85,7 +85,7 @@ def test_too_few_pictures_are_refused_with_what_is_missing(count: int) -> None:
 
 def test_a_test_set_of_another_size_or_colour_is_refused() -> None:
     colour = ImageCaptionDataset(images=np.zeros((50, 8, 8, 3), np.uint8), captions=[("x",)] * 50, name="colour")
-    with pytest.raises(DataError, match=r"colour has pictures of 8 x 8 px, colour, the reference set .* 8 x 8 px, grey"):
+    with pytest.raises(DataError, match=r"colour has pictures of 8 x 8 px, colour, the reference .* 8 x 8 px, grey"):
         divide(pictures(list(range(50))), n=10, test=colour)
 
 

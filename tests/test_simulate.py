@@ -25,9 +25,9 @@ import pytest
 
 from server.sheet import contact_sheet
 from shared.cli import run
-from shared.data import ImageCaptionDataset
+from shared.data import ImageCaptionDataset, test_split
 from shared.privacy.accounting import spent_epsilon
-from simulations.cli import _reference_split, _two_digits, _with_public_figures
+from simulations.cli import _two_digits, _with_public_figures
 from simulations.progress import RunProgress, duration
 from simulations.shapes import make_shapes
 
@@ -87,11 +87,28 @@ def test_a_run_leaves_sheet_samples_model_and_figures(finished: tuple[Path, dict
         "generator.safetensors", "discriminator.safetensors", "model.json",
     }  # fmt: skip
     accuracy = result["metrics"]["caption-accuracy"]
-    assert accuracy["n"] == 96
-    assert set(accuracy["accuracy"]) == {"colour", "shape", "size", "background", "all"}
-    assert accuracy["chance"]["all"] == pytest.approx(1 / 96)
+    figures = {figure["name"]: figure for figure in accuracy["figures"]}
+    assert {figure["n"] for figure in figures.values()} == {96}
+    attributes = ("colour", "shape", "size", "background")
+    assert set(figures) == {"accuracy", *(f"accuracy of {name}" for name in attributes)}
+    assert figures["accuracy"]["chance"] == pytest.approx(1 / 96)
     assert result["seconds"]["training"] > 0
     assert not list(out.rglob("*.tmp"))
+
+
+def test_figures_during_training_stand_in_the_events_with_intervals(
+    finished: tuple[Path, dict[str, Any], str],
+) -> None:
+    out, result, _ = finished
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    quality = {event["server_round"]: event["quality"] for event in events if "quality" in event}
+    assert sorted(quality) == [2, 3]
+    for figures in quality.values():
+        assert figures["n"] == 384
+        for measured in (figures["caption-accuracy"]["accuracy"], figures["kid"]["kid"]):
+            value, low, high = measured
+            assert low <= value <= high
+    assert result["seconds"]["quality_during_training"] > 0
 
 
 def test_epsilon_in_the_result_is_that_of_the_steps_taken(finished: tuple[Path, dict[str, Any], str]) -> None:
@@ -304,8 +321,9 @@ def test_a_finished_run_that_is_resumed_shows_its_result_again(
     assert run(["simulate", "--resume", "--out", str(finished[0])]) == 0
     text = capsys.readouterr().out
     accuracy, privacy = finished[1]["metrics"]["caption-accuracy"], finished[1]["privacy"]
-    for name, value in accuracy["accuracy"].items():
-        assert re.search(rf"^  {name} +{value:.3f} ", text, flags=re.MULTILINE)
+    for figure in accuracy["figures"]:
+        name = figure["name"].removeprefix("accuracy of ") if " of " in figure["name"] else "all"
+        assert re.search(rf"^  {name} +{figure['value']:.3f} ", text, flags=re.MULTILINE)
     assert re.search(rf"site-01 +{privacy['epsilon_per_site']['site-01']['prv']:.3f} ", text)
     assert all(word in text for word in ("PRV", "PLD", "RDP", "at delta 1e-04", "add/remove", "from seed 0"))
 
@@ -362,8 +380,8 @@ def test_the_reference_of_arrays_with_a_test_split_is_that_split(
     tmp_path: Path, arrays: tuple[str, ...], split: str
 ) -> None:
     np.savez(tmp_path / "a.npz", **{name: np.zeros(1) for name in arrays})
-    assert _reference_split(tmp_path / "a.npz") == split
-    assert _reference_split(tmp_path) == "train"
+    assert test_split(tmp_path / "a.npz") == split
+    assert test_split(tmp_path) == "train"
 
 
 def test_several_data_are_one_site_each(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

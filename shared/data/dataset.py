@@ -107,7 +107,7 @@ def open_dataset(
 
 
 def test_split(path: Path) -> Split:
-    """The split of pictures that nothing is trained on: "test" of an `.npz` that has one, else "train", the only one."""
+    """The split that nothing is trained on: "test" of an `.npz` that has one, else "train", the only one."""
     try:
         with zipfile.ZipFile(path) as arrays:
             return "test" if "x_test.npy" in arrays.namelist() else "train"

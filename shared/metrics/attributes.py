@@ -164,7 +164,8 @@ def _build(setting: Setting) -> MeasuringClassifier:
     _, height, _, channels = public.fit.images.shape
     if height not in STRIDES:
         raise DataError(f"the measuring classifier reads pictures of {sorted(STRIDES)} px, not {height}")
-    digest = hashlib.sha256(f"{VERSION} {LEAST_STEPS} {sorted(values.items())} {public.fit.digest}".encode()).hexdigest()
+    about = f"{VERSION} {LEAST_STEPS} {sorted(values.items())} {public.fit.digest}"
+    digest = hashlib.sha256(about.encode()).hexdigest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(VERSION)
         network = AttributeClassifier(

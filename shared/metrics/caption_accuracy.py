@@ -105,13 +105,15 @@ class CaptionAccuracy:
                 counts = np.zeros((len(known), len(known)), int)
                 np.add.at(counts, (asked, predicted[name]), 1)
                 rows = [[value, *counts[place].tolist()] for place, value in enumerate(known)]
-                tables.append(Table(f"confusion of {name}", ["asked", *known], rows, "pictures: asked for, and read as"))
+                head = ["asked", *known]
+                tables.append(Table(f"confusion of {name}", head, rows, "pictures: asked for, and read as"))
         return tables
 
 
 def _known_captions(classifier: MeasuringClassifier, part: Part) -> tuple[list[str], list[int]]:
     """Of each picture its first caption whose attributes are known, and the rows that have one."""
-    found = [next((caption for caption in captions if caption in classifier.captions), None) for captions in part.captions]
+    known = classifier.captions
+    found = [next((caption for caption in captions if caption in known), None) for captions in part.captions]
     rows = [row for row, caption in enumerate(found) if caption is not None]
     return [caption for caption in found if caption is not None], rows
 

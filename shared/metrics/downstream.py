@@ -1,7 +1,7 @@
 """What are generated pictures good for? Classifiers trained on them alone, tested on real test pictures.
 
-    cnn                   two 3 x 3 convolutions (32, 64) with pooling, dropout, one linear layer: Chollet's "Simple MNIST
-                          convnet" (https://keras.io/examples/vision/mnist_convnet/), Adam, 10 passes
+    cnn                   two 3 x 3 convolutions (32, 64) with pooling, dropout, one linear layer: Chollet's "Simple
+                          MNIST convnet" (https://keras.io/examples/vision/mnist_convnet/), Adam, 10 passes
     logistic regression   scikit-learn's, on pixels, with its defaults
     mlp                   scikit-learn's, on pixels, 100 hidden units as by default
 
@@ -132,7 +132,8 @@ class Downstream:
                 tables = self._confusions(told[0], seeds[0])
         notes = []
         if len(rows) < len(pictures):
-            notes.append(f"{len(pictures) - len(rows)} pictures are left out: no caption of the public set equals their prompt")
+            left_out = len(pictures) - len(rows)
+            notes.append(f"{left_out} pictures are left out: no caption of the public set equals their prompt")
         for name, column in labels.items():
             missing = [value for place, value in enumerate(self.values[name]) if place not in column]
             if missing:
@@ -198,7 +199,7 @@ class Downstream:
                 counts = np.zeros((len(known), len(known)), int)
                 np.add.at(counts, (self.test[name], told[name]), 1)
                 rows = [[value, *counts[place].tolist()] for place, value in enumerate(known)]
-                note = f"real test pictures: what they are, and what the cnn (seed {seed}) trained on generated ones tells"
+                note = f"real test pictures: what they are, and what the cnn of seed {seed} tells"
                 tables.append(Table(f"confusion of {name}", ["is", *known], rows, note))
         return tables
 
