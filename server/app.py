@@ -19,7 +19,7 @@ from server.quality import QualityProbe, as_event
 from server.rounds import Outcome, run_rounds
 from server.training import ServerTraining
 from shared.config import RunConfig, Scalar
-from shared.data import open_dataset, test_split
+from shared.data import open_dataset, unseen_split
 from shared.data.source import Split
 from shared.errors import ConfigError, DataError
 from shared.observer import Observer, SilentObserver
@@ -132,7 +132,7 @@ def open_run(run_config: Mapping[str, Scalar]) -> RunDirectory:
     documents = {}
     if reference := places["simulation.reference"]:
         cache = str(path.parent / ".fedcanvas-reference")
-        documents[REFERENCE] = asdict(ReferencePlace(reference, test_split(Path(reference)), cache))
+        documents[REFERENCE] = asdict(ReferencePlace(reference, unseen_split(Path(reference)), cache))
     return RunDirectory.create(path, config=config, prompts=prompts.texts, entropy="seeded", documents=documents)
 
 

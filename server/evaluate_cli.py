@@ -258,9 +258,9 @@ def _public(path: Path, config: RunConfig, cache: Path, *, split: str = "train")
 
 
 def _has_test(path: Path) -> bool:
-    from shared.data import test_split
+    from shared.data import unseen_split
 
-    return test_split(path) == "test"
+    return unseen_split(path) == "test"
 
 
 def _conversions(run: Path, model: GeneratorModel, reference: Path, split: str | None, n: int) -> list[str]:

@@ -30,6 +30,7 @@ from shared.rundir import GeneratorModel, current_versions, take_lock, to_json, 
 FORMAT = 1
 CLASS_PICTURES = 12  # of each prompt on its sheet
 MOST_PROMPTS = 100  # with a sheet of their own
+GALLERY_WIDTH = 300  # of a picture with the text under it
 DRAWN = 500  # pictures between two reports of progress
 
 
@@ -165,7 +166,7 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
 
 def _sheet(gallery: Gallery) -> bytes:
     cells = [SheetCell(text, images[:1], images[1:] if len(images) > 1 else None) for text, images in gallery.rows]
-    return contact_sheet(cells, title=gallery.title)
+    return contact_sheet(cells, title=gallery.title, least_width=GALLERY_WIDTH)
 
 
 def _extractors(metrics: Mapping[str, Any]) -> str:

@@ -42,15 +42,21 @@ class SheetCell:
     real: np.ndarray | None = None
 
 
-def contact_sheet(cells: Sequence[SheetCell], *, title: str, notes: Sequence[str] = ()) -> bytes:
-    """A PNG of all cells in reading order, `title` and `notes` above them."""
+def contact_sheet(
+    cells: Sequence[SheetCell], *, title: str, notes: Sequence[str] = (), least_width: int = 0
+) -> bytes:  # fmt: skip
+    """A PNG of all cells in reading order, `title` and `notes` above them.
+
+    Args:
+        least_width: of a cell, in pixels: a single picture is narrower than most prompts.
+    """
     assert cells
     side = cells[0].generated.shape[1]
     scale = max(1, round(SIDE / side))
     step = side * scale + GAP
     generated = max(len(cell.generated) for cell in cells)
     real = max(0 if cell.real is None else len(cell.real) for cell in cells)
-    cell_width = (generated + real) * step + (BETWEEN if real else 0)
+    cell_width = max((generated + real) * step + (BETWEEN if real else 0), least_width)
     columns = max(1, min(MOST_COLUMNS, len(cells), TARGET_WIDTH // (cell_width + MARGIN)))
     width = max(columns * (cell_width + MARGIN) + MARGIN, 480)
     lines = [wrapped(cell.prompt, int(cell_width / LETTER)) for cell in cells]

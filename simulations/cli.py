@@ -179,7 +179,7 @@ def _new_run(
     from client.enrolment import remove_simulated_site
     from server.app import REFERENCE, ReferencePlace
     from shared.config import RunConfig
-    from shared.data import test_split
+    from shared.data import unseen_split
     from shared.privacy.plan import make_plan
     from shared.rundir import RunDirectory, write_whole
     from simulations.scenarios import scenario_called
@@ -240,7 +240,7 @@ def _new_run(
     write_whole(_data_digest_path(out), _data_digest(datasets).encode())
     documents: dict[str, Any] = {JOB: asdict(job)}
     if job.reference is not None:
-        place = ReferencePlace(job.reference, test_split(Path(job.reference)), str(_reference_cache(out).resolve()))
+        place = ReferencePlace(job.reference, unseen_split(Path(job.reference)), str(_reference_cache(out).resolve()))
         documents[REFERENCE] = asdict(place)
     run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents=documents)
     return run, job
@@ -350,13 +350,13 @@ def _open_data(out: Path, job: Job, config: RunConfig) -> list[ImageCaptionDatas
 
 
 def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDataset | None:
-    from shared.data import open_dataset, test_split
+    from shared.data import open_dataset, unseen_split
     from shared.progress import StepProgress
 
     if job.reference is None:
         return None
     path = Path(job.reference)
-    split = test_split(path)
+    split = unseen_split(path)
     if split == "train" and job.reference in job.data:
         # The sheet shows pictures of the reference set, and the classifier learns them: both would leave the site.
         raise UsageError(

@@ -18,6 +18,11 @@ GARMENTS = (
 )  # fmt: skip
 DIGITS = tuple(str(digit) for digit in range(10))
 
+MODALITIES = (
+    "a breast MRI slice", "a frontal chest X-ray", "an X-ray of a hand", "an axial abdominal CT slice",
+    "an axial chest CT slice", "an axial head CT slice",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -86,6 +91,22 @@ def _ten_sites() -> RunConfig:
     )
 
 
+def _six_sites() -> RunConfig:
+    return RunConfig.from_table(
+        {
+            "data": {"image-size": 32, "channels": 1},
+            "text": {"dim": 32},
+            "privacy": {"target-epsilon": 10.0, "delta": 1e-4, "sampling-rate": 0.3, "clipping-norm": 5.0},
+            "federation": {"sites": 6, "rounds": 300, "published-records": 6_000},
+            "discriminator": {"pooled-side": 2},
+            "discriminator-optimizer": {"learning-rate": 2e-3, "final-fraction": 0.1},
+            "generator-optimizer": {"learning-rate": 2e-3, "final-fraction": 0.1},
+            "training": {"fakes": 256, "generator-steps": 2, "mode-seeking-weight": 1.0, "lead-rounds": 0},
+            "warm-start": {"enabled": True, "steps": 100, "epsilon-share": 0.3},
+        }
+    )
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -104,6 +125,10 @@ SCENARIOS = {
         Scenario(
             "mnist-10", "ten digits over ten sites, epsilon 10", "MNIST as .npz (x_train, y_train, class_names)",
             9.0, _ten_sites, tuple(f"a photo of a {name}" for name in DIGITS),
+        ),
+        Scenario(
+            "mednist-6", "six kinds of medical pictures over six sites, epsilon 10", "MedNIST unzipped: a folder with"
+            " captions.csv (file_name, text, label)", 4.0, _six_sites, MODALITIES,
         ),
     )
 }  # fmt: skip

@@ -15,6 +15,8 @@ import pytest
 from public_pictures import PLAIN, shapes
 from released_run import PROMPTS, make_released_run
 from safetensors.torch import load_file, save_file
+from toy_federation import PROMPTS as TOY_PROMPTS
+from toy_federation import make_sites, toy_policy
 
 from server.evaluate_cli import EvaluationProgress
 from server.evaluation import pictures
@@ -322,3 +324,98 @@ def test_pictures_that_are_measured_are_those_that_generate_draws(
     (file,) = (path for path in out.glob("*.png") if path.name != "sheet.png")
     drawn = pictures(model, [PROMPTS[2]], seed=1, indices=[0])[0]
     assert np.array_equal(cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB), drawn)
+
+
+# ---- a site's private data
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A deployed site of 400 records whose policy allows questions up to epsilon 4."""
+    (made,) = make_sites(tmp_path / "site", sizes=(400,), seed=None, policy=toy_policy(max_query_epsilon=4.0))
+    return made
+
+
+@pytest.fixture
+def asking(tmp_path: Path) -> Path:
+    """A released run whose prompts are the captions of the site's records."""
+    return make_released_run(tmp_path / "runs/asking", prompts=TOY_PROMPTS.texts)
+
+
+def charges(site: Path) -> list[str]:
+    (ledger,) = site.rglob("ledger.jsonl")
+    return [json.loads(line)["kind"] for line in ledger.read_text().splitlines()]
+
+
+def test_a_sites_private_data_are_refused_as_reference_and_nothing_of_them_is_kept(
+    asking: Path, site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (site, site / "data.npz"):
+        error = refused(capsys, asking, "--reference", path, "--n", "24")
+        assert "is private: site site-0" in error
+        assert "--charge EPSILON" in error
+    assert not (asking / "evaluations").exists()
+    assert not list(asking.parent.rglob("features-*"))
+    assert charges(site) == ["opened"]
+
+
+def test_told_to_charge_the_ledger_one_noised_figure_comes_out(
+    asking: Path, site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [asking, "--reference", site, "--charge", "2", "--yes", "--n", "60"]
+    first = evaluated(capsys, *arguments)
+    assert first["charged"]
+    assert first["epsilon"] == pytest.approx(2.0, abs=1e-6)
+    # 400 records with noise below 5 standard deviations of it: false alarm below 1e-6.
+    assert abs(first["noised_count"] - 400) < 5 * 2**0.5 * first["noise_multiplier"] * 1.01
+    assert 0 <= first["low"] <= first["value"] <= first["high"] <= 1
+    assert "charge" in charges(site)
+    again = evaluated(capsys, *arguments)
+    assert not again["charged"]
+    assert again["value"] == first["value"]
+    assert run(["evaluate", *map(str, arguments)]) == 0
+    text = capsys.readouterr().out
+    assert f"{first['value']:.3f}" in text
+    assert "noise included" in text
+
+
+def test_without_a_yes_nothing_is_charged(
+    asking: Path, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
+    error = refused(capsys, asking, "--reference", site, "--charge", "2", "--n", "60")
+    assert "costs each example epsilon 2" in error
+    assert "nothing was charged" in error
+    assert charges(site) == ["opened"]
+
+
+def test_a_charge_above_the_policy_or_of_public_data_is_refused(
+    asking: Path, site: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, asking, "--reference", site, "--charge", "5", "--yes", "--n", "60")
+    assert "max-query-epsilon" in error
+    assert charges(site) == ["opened"]
+    refused(capsys, asking, "--reference", place / "public.npz", "--charge", "1", "--yes", "--n", "60")
+
+
+# ---- beside another run
+
+
+def test_two_evaluated_runs_are_compared_and_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_released_run(place / "runs/b", seed=1)
+    reference = folder_of_shapes(place / "public", 500)
+    for name in "ab":
+        page = ["--html", place / f"{name}.html"]
+        evaluated(capsys, place / f"runs/{name}", "--reference", reference, *QUICK, *page)
+        assert "Usefulness" in (place / f"{name}.html").read_text() or "usefulness" in (place / f"{name}.html").read_text()
+    runs = [str(place / f"runs/{name}") for name in "ab"]
+    assert run(["compare", *runs, "--html", str(place / "both.html")]) == 0
+    assert "cnn accuracy" in capsys.readouterr().out
+    assert (place / "both.html").read_text().startswith("<!doctype html>")
+    assert run(["compare", *runs, "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert run(["compare", runs[0]]) == 2
+    assert "one run is nothing to compare" in capsys.readouterr().err
+    shutil.rmtree(place / "runs/b/evaluations")
+    assert run(["compare", *runs]) == 8
+    assert "fedcanvas evaluate" in capsys.readouterr().err

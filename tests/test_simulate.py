@@ -25,7 +25,7 @@ import pytest
 
 from server.sheet import contact_sheet
 from shared.cli import run
-from shared.data import ImageCaptionDataset, test_split
+from shared.data import ImageCaptionDataset, unseen_split
 from shared.privacy.accounting import spent_epsilon
 from simulations.cli import _two_digits, _with_public_figures
 from simulations.progress import RunProgress, duration
@@ -380,8 +380,8 @@ def test_the_reference_of_arrays_with_a_test_split_is_that_split(
     tmp_path: Path, arrays: tuple[str, ...], split: str
 ) -> None:
     np.savez(tmp_path / "a.npz", **{name: np.zeros(1) for name in arrays})
-    assert test_split(tmp_path / "a.npz") == split
-    assert test_split(tmp_path) == "train"
+    assert unseen_split(tmp_path / "a.npz") == split
+    assert unseen_split(tmp_path) == "train"
 
 
 def test_several_data_are_one_site_each(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ Nothing here is fitted on the data (PRIVACY rule 17), and nothing prints a capti
 """
 
 from shared.data.augmentation import augment
-from shared.data.dataset import READERS, ImageCaptionDataset, open_dataset, test_split
+from shared.data.dataset import READERS, ImageCaptionDataset, open_dataset, unseen_split
 from shared.data.preprocessing import pipeline_fingerprint
 from shared.data.source import SUBJECT_ID, SkippedRow
 
 __all__ = [
     "READERS", "SUBJECT_ID", "ImageCaptionDataset", "SkippedRow", "augment", "open_dataset", "pipeline_fingerprint",
-    "test_split",
+    "unseen_split",
 ]  # fmt: skip

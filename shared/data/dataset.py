@@ -106,7 +106,7 @@ def open_dataset(
     )  # fmt: skip
 
 
-def test_split(path: Path) -> Split:
+def unseen_split(path: Path) -> Split:
     """The split that nothing is trained on: "test" of an `.npz` that has one, else "train", the only one."""
     try:
         with zipfile.ZipFile(path) as arrays:
