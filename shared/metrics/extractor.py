@@ -93,7 +93,7 @@ def named(text: str) -> tuple[Callable[[Setting, str], Extractor], str]:
         return EXTRACTORS.get(kind), path
     if Path(text).is_file():
         return EXTRACTORS.get("inception"), text
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         return EXTRACTORS.get("clip"), text
     raise UsageError(
         f"unknown extractor '{text}', and no file or folder of that name",
@@ -143,8 +143,9 @@ def in_batches(
     logits: list[np.ndarray] = []
     for start in range(0, len(images), size):
         began = time.monotonic()
+        batch = np.array(images[start : start + size])  # a copy: PyTorch warns of what is read-only
         with torch.inference_mode():
-            rows, of_classes = network(np.ascontiguousarray(images[start : start + size]))
+            rows, of_classes = network(batch)
         pooled.append(rows.float().numpy())
         logits += [] if of_classes is None else [of_classes.float().numpy()]
         left = (time.monotonic() - began) * (len(images) / size - 1)

@@ -5,10 +5,13 @@ Not covered: the figures themselves; each of `frechet`, `kernel_distance`, `ince
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from shared.errors import DataError
 from shared.metrics import Part, Pictures, Setting
@@ -78,3 +81,17 @@ def checked(setting: Setting, pictures: Part | Pictures, what: str) -> Features:
 
 def joined(*sentences: str) -> str:
     return "; ".join(sentence for sentence in sentences if sentence)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many short products: beside other work, threads that wait for each other take several times as long."""
+    from threadpoolctl import threadpool_limits
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):  # those of NumPy
+            yield
+    finally:
+        torch.set_num_threads(threads)

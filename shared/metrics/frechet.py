@@ -10,6 +10,7 @@ stands beside each. Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ import torch
 
 from shared.metrics import Figure, Measurement, Pictures, Setting
 from shared.metrics.extractor import LONG, in_words
-from shared.metrics.feature_sets import FeatureSets, joined
+from shared.metrics.feature_sets import FeatureSets, joined, one_thread
 from shared.metrics.figure import bootstrap, deviation_interval
 from shared.torchvision_operators import ensure_importable
 
@@ -42,11 +43,15 @@ class FrechetDistance:
 
     def measure(self, pictures: Pictures) -> Measurement:
         generated, reference, floor = self.sets.of(pictures).pooled, self.sets.reference.pooled, self.sets.floor.pooled
+        with nullcontext() if generated.shape[1] > MANY_FEATURES else one_thread():
+            return Measurement([self._figure(pictures, generated, reference, floor)])
+
+    def _figure(self, pictures: Pictures, generated: np.ndarray, reference: np.ndarray, floor: np.ndarray) -> Figure:
         found = _fidelity().fid_statistics_to_metric(_statistics(generated), self.reference, False)
         value = float(found["frechet_inception_distance"])
         floor_n = self.sets.floor_n(pictures)
         replicas = self._replicas(generated)
-        figure = Figure(
+        return Figure(
             name="fid",
             value=value,
             interval=deviation_interval(
@@ -60,7 +65,6 @@ class FrechetDistance:
             warning=joined(self.sets.not_comparable("FID"), _too_few(len(generated), *reference.shape)),
             **self.sets.about(pictures),
         )  # fmt: skip
-        return Measurement([figure])
 
     def _replicas(self, generated: np.ndarray) -> list[float]:
         setting, reference = self.sets.setting, self.sets.reference.pooled

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from shared.metrics import Figure, Measurement, Pictures, Setting
-from shared.metrics.feature_sets import FeatureSets
+from shared.metrics.feature_sets import FeatureSets, one_thread
 from shared.metrics.figure import mean_interval
 
 PRECISION_K, DENSITY_K = 3, 5
-BLOCK = 1000  # rows at a time: a block against 10,000 pictures is 40 MB
+BLOCK = 250  # rows at a time: a block against 10,000 pictures is 10 MB, which caches hold
 
 Name = Literal["precision", "recall", "density", "coverage"]
 NAMES: tuple[Name, ...] = ("precision", "recall", "density", "coverage")
@@ -75,13 +75,15 @@ class Manifold:
     def prepare(cls, setting: Setting) -> Self:
         sets = FeatureSets.prepare(setting)
         centre = sets.reference.pooled.mean(axis=0, dtype=np.float64)
-        return cls(sets, centre, Balls.around(_centred(sets.reference.pooled, centre)))
+        with one_thread():
+            return cls(sets, centre, Balls.around(_centred(sets.reference.pooled, centre)))
 
     def measure(self, pictures: Pictures) -> Measurement:
         generated, floor_n = _centred(self.sets.of(pictures).pooled, self.centre), self.sets.floor_n(pictures)
-        found = compare(self.reference, generated)
-        floor = compare(self.reference, _centred(self.sets.floor.pooled[:floor_n], self.centre))
-        at_floor_n = compare(self.reference, generated[:floor_n]) if floor_n < len(generated) else None
+        with one_thread():
+            found = compare(self.reference, generated)
+            floor = compare(self.reference, _centred(self.sets.floor.pooled[:floor_n], self.centre))
+            at_floor_n = compare(self.reference, generated[:floor_n]) if floor_n < len(generated) else None
         figures = [self._figure(name, found, floor, at_floor_n, self.sets.about(pictures)) for name in NAMES]
         notes = []
         if min(len(generated), len(self.reference.centres)) <= DENSITY_K:

@@ -60,7 +60,7 @@ class VisionModel:
         )
 
     def _of_batch(self, images: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        colour = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+        colour = images if images.shape[3] == 3 else images.repeat(3, axis=3)
         try:
             pixels = self.processor(colour)
             if hasattr(self.model, "get_image_features"):
