@@ -401,13 +401,14 @@ def _text(document: Mapping[str, Any], asked: Sequence[str]) -> str:
         f"public set {reference['name']}: {parts}; features by {document['extractor']}",
         *(f"  {text}" for text in document["conversions"]),
         "",
-        f"{'':<36}{'value':>10}{'95 % interval':>22}{'real':>10}{'chance':>9}{'n':>9}",
+        f"{'':<44}{'value':>10}{'95 % interval':>22}{'real':>10}{'chance':>9}{'n':>9}",
     ]
+    warned: set[str] = set()
     for name, found in document["metrics"].items():
         if "not_measured" in found:
             if name in asked:
                 hint = f" ({found['hint']})" if found.get("hint") else ""
-                lines.append(f"{name:<36}not measured: {found['not_measured']}{hint}")
+                lines.append(f"{name:<44}not measured: {found['not_measured']}{hint}")
             continue
         for table in found["figures"]:
             figure = Figure.from_dict(table)
@@ -415,12 +416,13 @@ def _text(document: Mapping[str, Any], asked: Sequence[str]) -> str:
             label = figure.name if figure.name.startswith(name) else f"{name}: {figure.name}"
             real, chance = _number(figure.floor), _number(figure.chance)
             lines.append(
-                f"{label:<36}{_number(figure.value):>10}{between:>22}{real:>10}{chance:>9}{figure.n:>9,}"
+                f"{label:<44}{_number(figure.value):>10}{between:>22}{real:>10}{chance:>9}{figure.n:>9,}"
             )
             if figure.at_floor_n is not None:
                 same = f"{_number(figure.at_floor_n):>10} of {figure.floor_n:,}, as many as the real ones"
-                lines.append(f"{'':<36}{same}")
-            if figure.warning:
+                lines.append(f"{'':<44}{same}")
+            if figure.warning and figure.warning not in warned:
+                warned.add(figure.warning)
                 lines.append(f"    warning: {figure.warning}")
         lines += [f"    {note}" for note in found["notes"]]
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def part(name: str, images: np.ndarray) -> Part:
 
 def setting_of(
     *, generated: np.ndarray, reference: np.ndarray, floor: np.ndarray,
-    logits: Callable[[np.ndarray], np.ndarray] | None = None, published: bool = False, seed: int = 0,
+    logits: Callable[[np.ndarray], np.ndarray] | None = None, published: bool = True, seed: int = 0,
 ) -> tuple[Setting, Pictures]:  # fmt: skip
     """A setting and generated pictures whose features are given; `logits` are made from the features."""
     table = np.concatenate([generated, reference, floor]).astype(np.float32)

@@ -392,13 +392,15 @@ def test_figures_are_the_same_where_features_of_public_pictures_were_kept(name: 
     assert kept[0].extractor.seen.count(40) == 2 + 1  # type: ignore[attr-defined]  # generated twice, reference once
 
 
-def test_only_figures_by_published_weights_go_without_a_warning() -> None:
+def test_only_figures_by_published_weights_go_without_a_warning_and_by_their_plain_names() -> None:
     rows = draws(11).standard_normal((60, 2))
     sets: dict[str, Any] = {"generated": rows + 1, "reference": rows, "floor": rows, "logits": same}
     for name in ALL:
-        for found in measure(name, *setting_of(**sets)).figures:
+        for found in measure(name, *setting_of(**sets, published=False)).figures:
             assert found.warning.startswith("not comparable with published ")
             assert "rows 01234567" in found.warning
+            assert found.name not in ("fid", "kid", "inception score")
+            assert found.name.endswith(" by rows 01234567") or name == "prdc"
         for found in measure(name, *setting_of(**sets, published=True)).figures:
             assert found.warning == ""
 

@@ -21,7 +21,7 @@ from shared.errors import DataError, UsageError
 from shared.metrics import Setting, extractor, inception
 from shared.metrics.extractor import EXTRACTORS, Features, in_batches, named
 from shared.metrics.pretrained import load_pretrained
-from shared.metrics.torchvision_operators import ensure_importable
+from shared.torchvision_operators import ensure_importable
 from shared.metrics.vision_model import build as build_vision
 from shared.registry import Registry
 
@@ -57,7 +57,7 @@ def python(code: str) -> str:
 
 
 def test_torchvision_and_torch_fidelity_can_be_imported_after_the_operators_were_declared() -> None:
-    made = "from shared.metrics.torchvision_operators import ensure_importable as e; e(); e();"
+    made = "from shared.torchvision_operators import ensure_importable as e; e(); e();"
     assert python(f"{made} import torchvision, torch_fidelity; e(); print(torch_fidelity.__version__)").strip()
 
 
@@ -67,7 +67,7 @@ def test_operators_that_are_there_are_left_alone() -> None:
         "import torch; lib = torch.library.Library('torchvision', 'DEF');"
         "[lib.define(f'{n}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor') for n in ('nms', 'qnms')];"
         "lib.impl('nms', lambda dets, scores, iou_threshold: dets + 1, 'CPU');"
-        "from shared.metrics import torchvision_operators as t; t.ensure_importable(); import torchvision;"
+        "from shared import torchvision_operators as t; t.ensure_importable(); import torchvision;"
         "print(len(t._declared), float(torch.ops.torchvision.nms(torch.zeros(1), torch.zeros(1), 0.5)))"
     )
     assert python(code).split() == ["0", "1.0"]

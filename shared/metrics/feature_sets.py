@@ -57,6 +57,11 @@ class FeatureSets:
             "floor_n": self.floor_n(pictures),
         }
 
+    def called(self, plain: str, words: str) -> str:
+        """The plain name of a figure belongs to Inception with the published weights; others name their extractor."""
+        by = self.setting.extractor
+        return plain if by.published else f"{words} by {by.name}"
+
     def not_comparable(self, figure: str) -> str:
         """Why `figure` must not stand beside published ones; "" where it may."""
         by = self.setting.extractor

@@ -52,7 +52,7 @@ class FrechetDistance:
         floor_n = self.sets.floor_n(pictures)
         replicas = self._replicas(generated)
         return Figure(
-            name="fid",
+            name=self.sets.called("fid", "frechet distance"),
             value=value,
             interval=deviation_interval(
                 value, replicas,

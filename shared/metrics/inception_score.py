@@ -51,7 +51,7 @@ class InceptionScore:
         about.update(reference=self.sets.setting.public.floor.name, reference_n=floor_n)
         about["seeds"]["splits"] = [SHUFFLE_SEED]
         figure = Figure(
-            name="inception score",
+            name=self.sets.called("inception score", "class score"),
             value=value,
             interval=deviation_interval(
                 value, resampled_scores(logits, seed=self.sets.setting.seed, count=RESAMPLINGS),

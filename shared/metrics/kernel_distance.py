@@ -49,7 +49,7 @@ class KernelDistance:
             )  # fmt: skip
         value = float(found["kernel_inception_distance_mean"])
         figure = Figure(
-            name="kid",
+            name=self.sets.called("kid", "kernel distance"),
             value=value,
             interval=block_interval(value, generated, reference, seed=self.sets.setting.seed),
             better="lower",
