@@ -20,8 +20,13 @@ from measured_sets import setting_of
 from shared.errors import DataError, UsageError
 from shared.metrics import Setting, extractor, inception
 from shared.metrics.extractor import EXTRACTORS, Features, in_batches, named
+<<<<<<< HEAD
 from shared.metrics.pretrained import load_pretrained
 from shared.torchvision_operators import ensure_importable
+=======
+from shared.metrics.pretrained import hub_answers, load_pretrained
+from shared.metrics.torchvision_operators import ensure_importable
+>>>>>>> w-distances
 from shared.metrics.vision_model import build as build_vision
 from shared.registry import Registry
 
@@ -476,6 +481,27 @@ def test_code_in_a_model_folder_never_runs(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         build_vision(a_setting(), str(folder))
     assert not ran.exists()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Session:
+        asked = 0
+
+        def head(self, url: str, timeout: float) -> None:
+            Session.asked += 1
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    hub_answers.cache_clear()
+    try:
+        for kind in ("AutoConfig", "AutoModel"):
+            with pytest.raises(DataError, match="no model of transformers at some/model: OSError"):
+                load_pretrained("some/model", kind)
+    finally:
+        hub_answers.cache_clear()
+    assert Session.asked == 1
 
 
 def test_a_model_is_named_by_path_else_by_the_settings_dual_encoder_else_it_is_clip(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Not covered: text encoders that condition a generator; `shared.text` loads those
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from shared.errors import DataError
 from shared.torchvision_operators import ensure_importable
 
+PATIENCE = 10.0  # seconds
 NOUNS = {"AutoImageProcessor": "image processor", "AutoProcessor": "processor", "AutoTokenizer": "tokenizer"}
 
 
@@ -37,7 +39,7 @@ def load_pretrained(path: str, kind: str) -> Any:
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    source: dict[str, Any] = {"local_files_only": local or not hub_answers(), "trust_remote_code": False}
     is_model = kind.startswith("AutoModel")
     if is_model:
         source.update(use_safetensors=True, output_loading_info=True, dtype=torch.float32)
@@ -54,3 +56,15 @@ def load_pretrained(path: str, kind: str) -> Any:
     model, report = loaded
     model.absent_weights = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     return model.float().eval().requires_grad_(False)
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether to look beyond this machine: the library itself would try six times, for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # no network, no such name, a proxy that refuses, or told to stay offline
+        return False
+    return True

@@ -88,6 +88,8 @@ def build(setting: Setting, path: str) -> VisionModel:
         DataError: none there, one without an image side or without all of its weights, or no way to the hub.
     """
     path = path or setting.dual_encoder or DEFAULT
+    if not Path(path).is_dir():
+        setting.progress(f"loading {path}; from the hub where it is not on this machine yet, which takes minutes")
     config = load_pretrained(path, "AutoConfig")
     architectures = getattr(config, "architectures", None) or [""]
     classifies = str(architectures[0]).endswith("ForImageClassification")
