@@ -20,15 +20,10 @@ from measured_sets import setting_of
 from shared.errors import DataError, UsageError
 from shared.metrics import Setting, extractor, inception
 from shared.metrics.extractor import EXTRACTORS, Features, in_batches, named
-<<<<<<< HEAD
-from shared.metrics.pretrained import load_pretrained
-from shared.torchvision_operators import ensure_importable
-=======
 from shared.metrics.pretrained import hub_answers, load_pretrained
-from shared.metrics.torchvision_operators import ensure_importable
->>>>>>> w-distances
 from shared.metrics.vision_model import build as build_vision
 from shared.registry import Registry
+from shared.torchvision_operators import ensure_importable
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8,
