@@ -244,8 +244,8 @@ def covered(one: Callable[[int], tuple[Figure, float]], *, repeats: int) -> int:
 def enough(count: int, repeats: int, rate: float = 0.93) -> bool:
     """Whether `count` agrees with a coverage of at least `rate`, with a false-alarm rate below 1e-5.
 
-    93 %, not 95: a deviation from 30 replicas is itself uncertain, which costs about 1.5 points. Of 60 repeats an
-    interval half as wide covers 67 %, which passes with a probability below 3 %.
+    93 %, not 95: a deviation from 30 replicas is itself uncertain, which costs about 1.5 points. Of 100 repeats an
+    interval half as wide covers 67 in the mean, which passes with a probability of 0.4 %.
     """
     return bool(binom.cdf(count, repeats, rate) > 1e-5)
 
@@ -260,8 +260,8 @@ def test_the_interval_of_fid_covers_the_expected_fid_at_the_stated_rate() -> Non
         generated[:, 0] += shift
         return figure("fid", *setting_of(generated=generated, reference=reference, floor=reference, seed=seed)), truth
 
-    count = covered(one, repeats=60)
-    assert enough(count, 60), count
+    count = covered(one, repeats=100)
+    assert enough(count, 100), count
 
 
 def test_the_interval_of_kid_covers_the_truth_at_the_stated_rate() -> None:
@@ -299,12 +299,12 @@ def test_the_intervals_of_precision_and_recall_cover_the_truth_for_the_set_that_
         return found
 
     for name, value in (("precision", truth), ("density", dense)):
-        count = covered(one(name, value), repeats=60)
-        assert enough(count, 60), (name, count)
+        count = covered(one(name, value), repeats=100)
+        assert enough(count, 100), (name, count)
 
 
 def test_the_interval_of_the_inception_score_covers_the_expected_score_at_the_stated_rate() -> None:
-    n, repeats = 200, 60
+    n, repeats = 200, 100
 
     def one(seed: int) -> Figure:
         generated = draws(400 + seed).standard_normal((n, 1)) * 2
@@ -313,7 +313,7 @@ def test_the_interval_of_the_inception_score_covers_the_expected_score_at_the_st
         return figure("is", setting, pictures)
 
     found = [one(seed) for seed in range(repeats)]
-    truth = np.mean([of.value for of in found])  # of this n and its splits; its own error is 1 / sqrt(60) of theirs
+    truth = np.mean([of.value for of in found])  # of this n and its splits; its own error is a tenth of theirs
     count = sum(of.interval.low <= truth <= of.interval.high for of in found)
     assert enough(count, repeats, rate=0.92), count
 

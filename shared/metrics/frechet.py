@@ -24,7 +24,7 @@ from shared.metrics.figure import bootstrap, deviation_interval
 from shared.torchvision_operators import ensure_importable
 
 RESAMPLINGS = 30
-MANY_FEATURES, FEWER_RESAMPLINGS = 512, 20  # of 2,048 features one takes about 5 s
+MANY_FEATURES, FEWER_RESAMPLINGS = 512, 20  # of 2,048 features one takes about 10 s
 # Where the bias is about a tenth of the features' variance; 10,000 are what published figures of 2,048 features ask.
 PICTURES_PER_FEATURE, ENOUGH = 5, 10_000
 
