@@ -195,7 +195,7 @@ def _headline(evaluation: Mapping[str, Any]) -> list[str]:
             if figure.extractor is not None:
                 about += (Small(f"by {figure.extractor}"),)
             if figure.warning:
-                about += (f"⚠ {figure.warning}",)
+                about += (Small(f"⚠ {figure.warning}"),)
             rows.append(
                 [name, (number(figure.value), Small(span(figure))), real, number(figure.chance),
                  (f"{figure.n:,}", Small(f"against {figure.reference_n:,}")), about]

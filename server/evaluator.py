@@ -28,7 +28,8 @@ from shared.metrics import METRICS, Gallery, Measurement, Pictures, Setting, Tab
 from shared.rundir import GeneratorModel, current_versions, take_lock, to_json, write_whole
 
 FORMAT = 1
-CLASS_PICTURES = 12  # of each prompt on its sheet
+CLASS_PICTURES, FEW_PICTURES = 12, 4  # of each prompt on the sheet; the fewer where there are many prompts
+MANY_PROMPTS = 20
 MOST_PROMPTS = 100  # with a sheet of their own
 GALLERY_WIDTH = 300  # of a picture with the text under it
 DRAWN = 500  # pictures between two reports of progress
@@ -120,9 +121,9 @@ class Evaluator:
             parts.append(pictures(self.model, [asked[row] for row in rows], seed=seed, indices=rows))
             self.setting.step(rows.stop, n)
         drawn = Pictures(np.concatenate(parts), asked, seed)
-        cells = []
+        cells, most = [], FEW_PICTURES if len(prompts) > MANY_PROMPTS else CLASS_PICTURES
         for number, prompt in enumerate(prompts[:MOST_PROMPTS]):
-            rows_of = list(range(number, n, len(prompts)))[:CLASS_PICTURES]
+            rows_of = list(range(number, n, len(prompts)))[:most]
             if rows_of:
                 cells.append(SheetCell(prompt, drawn.images[rows_of]))
         title = f"the first pictures of each prompt, seed {seed}"

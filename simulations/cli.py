@@ -676,11 +676,14 @@ def _reference_cache(out: Path) -> Path:
 
 
 def _next_commands(out: Path, prompts: Sequence[str]) -> list[str]:
+    from server.app import REFERENCE
+
     prompt, place = shlex.quote(prompts[0]), shlex.quote(str(out))
-    return [
-        f"fedcanvas generate {prompt} --model {place} --n {NEXT_PICTURES} --seed 1 --out pictures",
-        f"fedcanvas report {place}",
-    ]
+    commands = [f"fedcanvas generate {prompt} --model {place} --n {NEXT_PICTURES} --seed 1 --out pictures"]
+    if (out / REFERENCE).is_file():
+        reference = json.loads((out / REFERENCE).read_text(encoding="utf-8"))["path"]
+        commands.append(f"fedcanvas evaluate {place} --reference {shlex.quote(reference)}")
+    return [*commands, f"fedcanvas report {place}"]
 
 
 def _resume_command(out: Path) -> str:
