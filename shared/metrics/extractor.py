@@ -121,7 +121,7 @@ def cached_features(
         except (SafetensorError, OSError, KeyError):
             pass  # damaged: made again
     made = extractor.features(images, step=step)
-    if path is not None:
+    if path is not None and np.isfinite(made.pooled).all():  # others are refused, and made again when that is mended
         arrays = {"pooled": made.pooled} if made.logits is None else {"pooled": made.pooled, "logits": made.logits}
         write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
     return made

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError
 from shared.metrics.attributes import MeasuringClassifier, measuring_classifier
 from shared.metrics.extractor import Features
 
@@ -48,5 +48,10 @@ class LocalExtractor:
 
 
 def build(setting: Setting, path: str) -> LocalExtractor:
-    """Trained on `setting.public.fit`; `path` is not used."""
+    """Trained on `setting.public.fit`; `ConfigError` where a path was named, which could only be misunderstood."""
+    if path:
+        raise ConfigError(
+            f"the local extractor is trained on the public set, it takes no path: {path}",
+            hint="--extractor local, or a file with Inception weights, or a folder with a transformers model",
+        )
     return LocalExtractor(measuring_classifier(setting), setting.public.fit.images.shape[1:])
