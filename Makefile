@@ -9,6 +9,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
+# Every test process uses one thread; a file stays in one process, for what its tests share.
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
+
 # Flower counts its users over the network and looks for updates by default; nothing here needs either.
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
@@ -29,13 +32,13 @@ demo: .venv/installed  ## train on made shapes at four simulated sites, privatel
 	$(BIN)/fedcanvas simulate demo --out runs/demo --resume
 
 test: .venv/installed-dev  ## the test suite without the slow tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 test-slow: .venv/installed-dev  ## only the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m slow
 
 test-all: .venv/installed-dev  ## the whole suite, slow tests included
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "slow or not slow"
 
 lint: .venv/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -33,13 +33,18 @@ def generate(
         Path | None, typer.Option("--prompts", help="A file of prompts, one a line.", show_default=False)
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, max=MOST_PICTURES, help="Pictures of each prompt.")] = 4,
+    total: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PICTURES, help="In place of --n: so many in all, each with its own latents."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another seed, other pictures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Draw pictures of each PROMPT with the model of a finished run.
 
     Writes one PNG a picture, named by prompt and number, and a contact sheet. Picture number i of a prompt depends
-    on the seed and i alone: a larger --n only adds to the others.
+    on the seed and i alone: a larger --n only adds to the others. With --total, picture i is of the prompts in
+    turn: with the run's own prompts.txt and --seed 1 those that `fedcanvas evaluate` measures.
     """
     from server.evaluation import pictures
     from server.sheet import SheetCell, contact_sheet
@@ -53,7 +58,9 @@ def generate(
     asked = list(dict.fromkeys(asked))
     if not asked:
         raise UsageError("no prompt", hint='for example: fedcanvas generate "a large red circle" --model runs/a')
-    if len(asked) * n > MOST_PICTURES:
+    if total is not None and total < len(asked):
+        raise UsageError(f"--total {total} is fewer than the {len(asked)} prompts", hint="a picture of each at least")
+    if total is None and len(asked) * n > MOST_PICTURES:
         raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
     released = load_model(model)
     known = set(released.prompts)
@@ -63,9 +70,10 @@ def generate(
 
     made: list[dict[str, Any]] = []
     cells = []
-    for prompt, name in zip(asked, _names(asked), strict=True):
-        images = pictures(released, [prompt] * n, seed=seed, indices=range(n))
-        files = [out / f"{name}-{index:03d}.png" for index in range(n)]
+    for place, (prompt, name) in enumerate(zip(asked, _names(asked), strict=True)):
+        indices = range(n) if total is None else range(place, total, len(asked))
+        images = pictures(released, [prompt] * len(indices), seed=seed, indices=indices)
+        files = [out / f"{name}-{index:03d}.png" for index in indices]
         for file, image in zip(files, images, strict=True):
             _write(file, encode_png(image))
         made.append({"prompt": prompt, "files": [str(file) for file in files]})
@@ -80,7 +88,7 @@ def generate(
         result = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}
         typer.echo(to_json(result).decode(), nl=False)
     else:
-        typer.echo(f"{len(asked) * n} pictures in {out}, all on one sheet: {sheet}")
+        typer.echo(f"{total or len(asked) * n} pictures in {out}, all on one sheet: {sheet}")
 
 
 @new_app

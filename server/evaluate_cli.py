@@ -241,20 +241,17 @@ def _public(path: Path, config: RunConfig, cache: Path, *, split: str = "train")
     from shared.data import open_dataset
     from shared.private_data import site_that_holds
 
-    owner = site_that_holds(path, None)
-    if owner is None:
-        dataset = open_dataset(
-            path, config=config.data, cache_dir=cache, split="test" if split == "test" else "train",
-            progress=StepProgress(f"decoding {path.name}"),
-        )  # fmt: skip
-        owner = site_that_holds(path, dataset)
-        if owner is None:
-            return dataset
-    raise DataError(
-        f"{path} is private: {owner}",
-        hint="name public pictures; a private set answers one noised question, charged to its ledger:"
-        " --reference SITE_DIR --charge EPSILON",
-    )
+    owner = site_that_holds(path)  # before anything of it is decoded into a cache
+    if owner is not None:
+        raise DataError(
+            f"{path} is private: {owner}",
+            hint="name public pictures; a private set answers one noised question, charged to its ledger:"
+            " --reference SITE_DIR --charge EPSILON",
+        )
+    return open_dataset(
+        path, config=config.data, cache_dir=cache, split="test" if split == "test" else "train",
+        progress=StepProgress(f"decoding {path.name}"),
+    )  # fmt: skip
 
 
 def _has_test(path: Path) -> bool:

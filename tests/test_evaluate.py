@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from public_pictures import PLAIN, shapes
 from released_run import PROMPTS, make_released_run
 from safetensors.torch import load_file, save_file
@@ -19,12 +22,14 @@ from toy_federation import PROMPTS as TOY_PROMPTS
 from toy_federation import make_sites, toy_policy
 
 from server.evaluate_cli import EvaluationProgress
-from server.evaluation import pictures
 from shared.cli import run
+from shared.data import open_dataset
 from shared.data.encoding import encode_png
 from shared.metrics import METRICS, Measurement, Pictures, Setting
 from shared.metrics.figure import Figure, Interval
+from shared.metrics.public_sets import divide
 from shared.rundir import load_model, take_lock
+from shared.torchvision_operators import ensure_importable
 
 QUICK = ["--metrics", "caption-accuracy,downstream,nearest", "--n", "240", "--trainings", "1"]
 
@@ -232,11 +237,11 @@ def test_features_of_public_pictures_are_made_once(place: Path, capsys: pytest.C
     arguments = [place / "runs/a", "--reference", place / "public.npz", "--n", "24", "--metrics", "nearest"]
     evaluated(capsys, *arguments)
     cache = place / "runs/.fedcanvas-reference"
-    before = {path.name: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
     assert any(name.startswith("features-") for name in before)
     assert any(name.startswith("attributes-") for name in before)
     evaluated(capsys, *arguments, "--fresh")
-    assert {path.name: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")} == before
 
 
 # ---- bad input
@@ -314,16 +319,78 @@ def test_on_a_terminal_bars_come_down_again(capsys: pytest.CaptureFixture[str]) 
     assert "1 of 2: fid\n  features\n" in capsys.readouterr().err
 
 
+def drawn_by_hand(place: Path, count: int, out: Path) -> Path:
+    """The pictures that an evaluation of `count` measures, as `generate` writes them; without its sheet."""
+    whose = ["--model", str(place / "runs/a"), "--prompts", str(place / "runs/a/prompts.txt")]
+    assert run(["generate", *whose, "--total", str(count), "--seed", "1", "--out", str(out)]) == 0
+    (out / "sheet.png").unlink()
+    return out
+
+
 def test_pictures_that_are_measured_are_those_that_generate_draws(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[np.ndarray] = []
+    monkeypatch.setitem(METRICS._entries, "nearest", "test_evaluate:_Counting")
+    monkeypatch.setattr(_Counting, "measure", lambda self, pictures: measured.append(pictures.images) or _none())
+    evaluated(capsys, place / "runs/a", "--reference", place / "public.npz", "--metrics", "nearest", "--n", "40")
+    files = drawn_by_hand(place, 40, place / "pictures").glob("*.png")
+    drawn = {
+        int(file.stem.rpartition("-")[2]): cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB) for file in files
+    }
+    assert sorted(drawn) == list(range(40))
+    assert np.array_equal(measured[0], np.stack([drawn[place] for place in range(40)]))
+
+
+def _none() -> Measurement:
+    return Measurement([Figure("count", 1.0, Interval(1, 1, "x"), "higher", 1, "none", 0)])
+
+
+@pytest.mark.slow
+def test_figures_are_those_of_torch_fidelitys_own_command_from_what_generate_wrote(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = load_model(place / "runs/a")
-    out, of = place / "pictures", ["--model", str(place / "runs/a")]
-    assert run(["generate", PROMPTS[2], *of, "--n", "1", "--seed", "1", "--out", str(out)]) == 0
-    capsys.readouterr()
-    (file,) = (path for path in out.glob("*.png") if path.name != "sheet.png")
-    drawn = pictures(model, [PROMPTS[2]], seed=1, indices=[0])[0]
-    assert np.array_equal(cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB), drawn)
+    """Inception with random weights, the published ones being out of reach; the public part as PNG files."""
+    ensure_importable()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+        network = FeatureExtractorInceptionV3("x", ["2048"])
+    torch.save(network.state_dict(), place / "inception.pth")
+    n = 24
+    found = evaluated(
+        capsys, place / "runs/a", "--reference", place / "public.npz", "--extractor", place / "inception.pth",
+        "--metrics", "fid,kid,is,prdc", "--n", n,
+    )  # fmt: skip
+    values = {
+        figure["name"]: figure["value"] for entry in found["metrics"].values() for figure in entry["figures"]
+    }
+    generated, real = drawn_by_hand(place, n, place / "generated"), place / "real"
+    real.mkdir()
+    dataset = open_dataset(place / "public.npz", config=load_model(place / "runs/a").config.data)
+    for row, image in enumerate(divide(dataset, n=n).reference.images):
+        (real / f"{row:03d}.png").write_bytes(encode_png(image))
+    code = (
+        "from shared.torchvision_operators import ensure_importable; ensure_importable()\n"
+        "from torch_fidelity.fidelity import main; main()"
+    )
+    command = [
+        sys.executable, "-c", code, "--input1", str(generated), "--input2", str(real), "--fid", "--kid", "--prc",
+        "--json", "--kid-subset-size", str(n), "--feature-extractor", "inception-v3-compat",
+        "--feature-extractor-weights-path", str(place / "inception.pth"), "--cpu", "--no-cache", "--silent",
+        "--no-samples-shuffle",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    theirs = json.loads(ended.stdout)
+    named = {name.partition(" by ")[0]: value for name, value in values.items()}
+    assert named["frechet distance"] == pytest.approx(theirs["frechet_inception_distance"], abs=1e-3, rel=1e-3)
+    assert named["kernel distance"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-3)
+    assert named["precision"] == pytest.approx(theirs["precision"], abs=1e-3)
+    assert named["recall"] == pytest.approx(theirs["recall"], abs=1e-3)
 
 
 # ---- a site's private data

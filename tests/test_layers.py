@@ -50,7 +50,7 @@ PLACES = {
     "torch_fidelity": {"shared.metrics"},
     "torchvision": {"shared.metrics"},
     "sklearn": {"shared.metrics"},
-    "matplotlib": {"server.report", "server.sheet", "server.plan_cli"},
+    "matplotlib": {"server.charts", "server.sheet", "server.plan_cli"},
     "pydantic": {"shared.config", "client.settings", "client.policy"},
     "safetensors": {"shared.rundir", "shared.metrics"},
 }
