@@ -714,6 +714,10 @@ def _result_text(out: Path, result: Mapping[str, Any]) -> str:
         lines += [f"  {note}" for note in accuracy["notes"][1:]]
     else:
         lines.append(f"accuracy was not measured: {accuracy['not_measured']}")
+    during = result["seconds"].get("quality_during_training", 0.0)
+    if during:
+        share = during / (during + result["seconds"]["training"])
+        lines.append(f"  figures during training took {during:.0f} s, {share:.0%} of the time")
     lines.append("")
     if privacy["name"] == "none":
         lines.append("epsilon = inf: this run had no privacy (privacy.name = none)")
