@@ -17,6 +17,7 @@ from typing import Any
 from client.policy import Unit
 from shared.config import DataConfig
 from shared.data import SUBJECT_ID, ImageCaptionDataset, open_dataset
+from shared.data.source import Split
 from shared.errors import DataError
 
 LINES_SHOWN = 5
@@ -77,11 +78,12 @@ class DataFigures:
 
 
 def open_as_training(
-    path: Path, *, cache_dir: Path, image_size: int = 32, channels: int = 3, progress: Progress | None = None
+    path: Path, *, cache_dir: Path, image_size: int = 32, channels: int = 3, progress: Progress | None = None,
+    split: Split = "train",
 ) -> ImageCaptionDataset:  # fmt: skip
     """The data set with the preprocessing of a run; the site's cache is filled on the way."""
     config = DataConfig.model_validate({"image-size": image_size, "channels": channels})
-    return open_dataset(path, config=config, cache_dir=cache_dir, progress=progress)
+    return open_dataset(path, config=config, cache_dir=cache_dir, progress=progress, split=split)
 
 
 def data_figures(dataset: ImageCaptionDataset) -> DataFigures:

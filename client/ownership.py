@@ -18,7 +18,8 @@ from client.account import default_store
 from client.data_check import open_as_training
 from client.enrolment import KEY, record_digests, sharing_lineages
 from client.settings import SETTINGS, SiteConfig
-from shared.data import ImageCaptionDataset
+from shared.data import unseen_split
+from shared.data.source import Split
 from shared.errors import ConfigError, DataError, LedgerError
 from shared.privacy.ledger import Ledger
 
@@ -26,7 +27,7 @@ LEVELS = 3  # folders above the data in which sites are looked for
 SIDE, CHANNELS = 32, 3  # of the pictures that lineages keep digests of
 
 
-def site_that_holds(path: Path, dataset: ImageCaptionDataset | None = None) -> str | None:
+def site_that_holds(path: Path) -> str | None:
     """See `shared.private_data.site_that_holds`."""
     if not path.exists():
         return None
@@ -48,7 +49,7 @@ def site_that_holds(path: Path, dataset: ImageCaptionDataset | None = None) -> s
         if place == data or place in data.parents or data in place.parents:
             return f"site {config.site_id} ({folder})"
     for store in sorted(stores):
-        lineage = _lineage_that_holds(place, dataset, store)
+        lineage = _lineage_that_holds(place, store)
         if lineage is not None:
             return f"lineage '{lineage}' in {store}"
     return None
@@ -72,20 +73,23 @@ def _sites_near(place: Path) -> Iterator[Path]:
             yield from (path.parent for path in found)
 
 
-def _lineage_that_holds(place: Path, dataset: ImageCaptionDataset | None, store: Path) -> str | None:
+def _lineage_that_holds(place: Path, store: Path) -> str | None:
     """The first lineage of the store that holds one of the pictures; a ledger that cannot be read is no excuse."""
     if not (store / KEY).is_file() or not os.access(store / KEY, os.R_OK):
         return None  # no lineage keeps digests there
-    if dataset is None or dataset.images.shape[1:] != (SIDE, SIDE, CHANNELS):
+    digests: set[bytes] = set()
+    # Both splits of arrays: whichever is read later, a lineage's pictures may lie in the other.
+    splits: set[Split] = {"train", unseen_split(place)}
+    for split in sorted(splits):
         try:
             with tempfile.TemporaryDirectory(prefix="fedcanvas-whose-") as cache:
-                opened = open_as_training(place, cache_dir=Path(cache), image_size=SIDE, channels=CHANNELS)
-                digests = record_digests(opened, store)
+                opened = open_as_training(
+                    place, cache_dir=Path(cache), image_size=SIDE, channels=CHANNELS, split=split
+                )  # fmt: skip
+                digests.update(record_digests(opened, store))
                 del opened
         except DataError:
-            return None  # no data that anybody could use
-    else:
-        digests = record_digests(dataset, store)
+            continue  # no data that anybody could use
     for name in sharing_lineages(digests, store, but=""):
         try:
             if Ledger(store / name).lineage.simulated:

@@ -24,6 +24,7 @@ from shared.data.source import Split
 from shared.errors import ConfigError, DataError
 from shared.observer import Observer, SilentObserver
 from shared.privacy.plan import make_plan
+from shared.private_data import refuse_private
 from shared.prompts import PromptPool
 from shared.rundir import RunDirectory
 from shared.text import build_encoder
@@ -91,11 +92,12 @@ def _probe(rundir: RunDirectory, observer: Observer) -> QualityProbe | None:
     """What measures during training; `None` where no public reference set was named or no pictures are wanted.
 
     Raises:
-        DataError: the reference set is not there any more.
+        DataError: the reference set is a site's.
     """
     if rundir.config.evaluation.round_samples == 0 or not (rundir.path / REFERENCE).is_file():
         return None
     place = ReferencePlace(**rundir.read_json(REFERENCE))
+    refuse_private(Path(place.path))
     try:
         dataset = open_dataset(
             Path(place.path), config=rundir.config.data, cache_dir=Path(place.cache_dir), split=place.split

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from shared.cli import Interrupted, new_app, say
-from shared.errors import DataError, UsageError
+from shared.errors import UsageError
 from shared.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -239,15 +239,9 @@ def _evaluator(
 def _public(path: Path, config: RunConfig, cache: Path, *, split: str = "train") -> ImageCaptionDataset:
     """A public set, prepared as the model's own pictures are; refused where it is a site's."""
     from shared.data import open_dataset
-    from shared.private_data import site_that_holds
+    from shared.private_data import refuse_private
 
-    owner = site_that_holds(path)  # before anything of it is decoded into a cache
-    if owner is not None:
-        raise DataError(
-            f"{path} is private: {owner}",
-            hint="name public pictures; a private set answers one noised question, charged to its ledger:"
-            " --reference SITE_DIR --charge EPSILON",
-        )
+    refuse_private(path)
     return open_dataset(
         path, config=config.data, cache_dir=cache, split="test" if split == "test" else "train",
         progress=StepProgress(f"decoding {path.name}"),

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.errors import DataError
 from shared.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from shared.data import ImageCaptionDataset
 
 # By name, since neither `shared` nor `server` may import `client` (tests/test_layers.py).
 AT_A_SITE: Registry[Callable[..., Any]] = Registry(
@@ -112,14 +112,25 @@ class Answer:
     simulated: bool
 
 
-def site_that_holds(path: Path, dataset: ImageCaptionDataset | None = None) -> str | None:
-    """Whose private data lie at `path`, in words; `None` where no site or lineage of this machine is known to.
-
-    Args:
-        dataset: what is at `path`, where it was opened already; it saves time when its pictures are 32 px in colour.
-    """
-    found: str | None = AT_A_SITE.get("holder")(path, dataset)
+def site_that_holds(path: Path) -> str | None:
+    """Whose private data lie at `path`, in words; `None` where no site or lineage of this machine is known to."""
+    found: str | None = AT_A_SITE.get("holder")(path)
     return found
+
+
+def refuse_private(path: Path) -> None:
+    """To be called before anything at a path that was named as public is decoded, cached or shown.
+
+    Raises:
+        DataError: a site or a lineage of this machine holds what lies there.
+    """
+    owner = site_that_holds(path)
+    if owner is not None:
+        raise DataError(
+            f"{path} is private: {owner}",
+            hint="name public pictures; a private set answers one noised question, charged to its ledger:"
+            " fedcanvas evaluate RUN --reference SITE_DIR --charge EPSILON",
+        )
 
 
 def quote_site(site_dir: Path, question: Question) -> Quote:

@@ -351,11 +351,13 @@ def _open_data(out: Path, job: Job, config: RunConfig) -> list[ImageCaptionDatas
 
 def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDataset | None:
     from shared.data import open_dataset, unseen_split
+    from shared.private_data import refuse_private
     from shared.progress import StepProgress
 
     if job.reference is None:
         return None
     path = Path(job.reference)
+    refuse_private(path)
     split = unseen_split(path)
     if split == "train" and job.reference in job.data:
         # The sheet shows pictures of the reference set, and the classifier learns them: both would leave the site.

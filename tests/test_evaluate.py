@@ -21,13 +21,16 @@ from safetensors.torch import load_file, save_file
 from toy_federation import PROMPTS as TOY_PROMPTS
 from toy_federation import make_sites, toy_policy
 
+from client.enrolment import add_records, record_digests
 from server.evaluate_cli import EvaluationProgress
 from shared.cli import run
+from shared.config import DataConfig
 from shared.data import open_dataset
 from shared.data.encoding import encode_png
 from shared.metrics import METRICS, Measurement, Pictures, Setting
 from shared.metrics.figure import Figure, Interval
 from shared.metrics.public_sets import divide
+from shared.privacy.ledger import Ledger
 from shared.rundir import load_model, take_lock
 from shared.torchvision_operators import ensure_importable
 
@@ -422,8 +425,26 @@ def test_a_sites_private_data_are_refused_as_reference_and_nothing_of_them_is_ke
         assert "is private: site site-0" in error
         assert "--charge EPSILON" in error
     assert not (asking / "evaluations").exists()
-    assert not list(asking.parent.rglob("features-*"))
+    assert not (asking.parent / ".fedcanvas-reference").exists()
     assert charges(site) == ["opened"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_copies_of_a_lineages_records_are_refused_before_anything_is_decoded_into_a_cache(
+    asking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    machine = tmp_path / "machine"
+    monkeypatch.setenv("FEDCANVAS_STATE", str(machine))
+    (far,) = make_sites(tmp_path / "far/away/from/here", sizes=(30,), seed=None, store=str(machine))
+    opened = open_dataset(far / "data.npz", config=DataConfig.model_validate({}), cache_dir=far / "cache")
+    add_records(Ledger(machine / "of-site-0"), record_digests(opened, machine))
+    with np.load(far / "data.npz") as arrays:
+        held, labels, names = arrays["x_train"], arrays["y_train"], arrays["class_names"]
+    public = {"x_train": 255 - held, "y_train": labels, "x_test": 255 - held, "y_test": labels, "class_names": names}
+    np.savez(tmp_path / "copied.npz", **{**public, f"x_{split}": held})
+    error = refused(capsys, asking, "--reference", tmp_path / "copied.npz", "--n", "24")
+    assert f"is private: lineage 'of-site-0' in {machine}" in error
+    assert not (asking.parent / ".fedcanvas-reference").exists()
 
 
 def test_told_to_charge_the_ledger_one_noised_figure_comes_out(

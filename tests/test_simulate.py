@@ -16,17 +16,23 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from toy_federation import PROMPTS, make_sites, toy_config
 
+from server.app import REFERENCE, ReferencePlace, _probe
 from server.sheet import contact_sheet
 from shared.cli import run
 from shared.data import ImageCaptionDataset, unseen_split
+from shared.errors import DataError
+from shared.observer import SilentObserver
 from shared.privacy.accounting import spent_epsilon
+from shared.rundir import RunDirectory
 from simulations.cli import _two_digits, _with_public_figures
 from simulations.progress import RunProgress, duration
 from simulations.shapes import make_shapes
@@ -375,6 +381,28 @@ def test_a_reference_set_that_is_a_sites_own_data_is_refused(
     assert run(["simulate", "toy", "--data", data, "--reference", data, "--out", str(tmp_path / "a"), *SMALL]) == 2
     assert "--reference names a site's own data" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_reference_set_that_a_real_site_holds_is_refused_and_nothing_of_it_is_decoded(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site,) = make_sites(tmp_path / "real", sizes=(60,), seed=None)
+    reference = ["--reference", str(site / "data.npz")]
+    data = ["--data", str(places / "data")]
+    assert run(["simulate", "toy", *data, *reference, "--out", str(tmp_path / "runs/a"), *SMALL]) == 4
+    assert "is private: site site-0" in capsys.readouterr().err
+    assert not (tmp_path / "runs/a").exists()
+    assert not (tmp_path / "runs/.fedcanvas-reference").exists()
+
+
+def test_a_run_whose_reference_became_a_sites_own_ends_before_it_is_read(tmp_path: Path) -> None:
+    (site,) = make_sites(tmp_path / "real", sizes=(60,), seed=None)
+    place = ReferencePlace(str(site / "data.npz"), "train", str(tmp_path / "cache"))
+    with RunDirectory.create(
+        tmp_path / "run", config=toy_config(), prompts=PROMPTS.texts, documents={REFERENCE: asdict(place)}
+    ) as rundir, pytest.raises(DataError, match="is private"):
+        _probe(rundir, SilentObserver())
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(("arrays", "split"), [(("x_train", "x_test"), "test"), (("x_train",), "train")])
