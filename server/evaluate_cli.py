@@ -79,15 +79,22 @@ def evaluate(
     models, to compare with, to test on. What was measured is kept: an interrupted evaluation goes on.
     """
     from shared.metrics import METRICS
-    from shared.rundir import load_model
+    from shared.rundir import RunDirectory, load_model
 
     if reference is None:
         raise UsageError("missing --reference", hint="name public captioned pictures: a folder or an .npz")
     names = list(dict.fromkeys(name.strip() for name in metrics.split(","))) if metrics else METRICS.names()
     for name in names:
         METRICS.get(name)  # an unknown one is said before anything is drawn
+    if html is not None and not RunDirectory.exists(run):
+        raise UsageError(f"{run} is a model without its run directory", hint="--html shows a run: name its folder")
     model = load_model(run)
     if charge is not None:
+        if any((test, metrics, clip, html, out, fresh)) or extractor != "local":
+            raise UsageError(
+                "--charge asks one question: how often a classifier of generated pictures names a private caption",
+                hint="of the other options it takes --n, --seed, --delta, --yes and --json",
+            )
         _charged(model, reference, epsilon=charge, delta=delta, yes=yes, as_json=as_json, seed=seed, n=n)
         return
     began = time.monotonic()
@@ -96,7 +103,10 @@ def evaluate(
             run, model, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip, out=out,
             progress=progress,
         )  # fmt: skip
-        command = _command(run, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip)
+        command = _command(
+            run, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip,
+            metrics=metrics or "", out=str(out or ""),
+        )  # fmt: skip
         try:
             file = evaluator.run(names, command=command, about=about, fresh=fresh)
         except KeyboardInterrupt:
@@ -104,10 +114,8 @@ def evaluate(
     document = json.loads(file.read_text(encoding="utf-8"))
     if html is not None:
         from server.report import report_html
-        from shared.rundir import RunDirectory, write_whole
+        from shared.rundir import write_whole
 
-        if not RunDirectory.exists(run):
-            raise UsageError(f"{run} is a model without its run directory", hint="--html shows a run: name its folder")
         write_whole(html, report_html(RunDirectory.open(run), document).encode())
     if as_json:
         typer.echo(json.dumps({**document, "file": str(file)}, ensure_ascii=False))
@@ -227,7 +235,8 @@ def _evaluator(
         public, build, dual_encoder=clip, seed=0, trainings=trainings, cache_dir=cache, progress=progress.line,
         step=progress.step,
     )  # fmt: skip
-    request = Request(n, seed, trainings, extractor, _digest_of(path), clip)
+    halves = "".join(_digest_of(half) for half in clip.split("+"))
+    request = Request(n, seed, trainings, extractor, _digest_of(path), clip, halves)
     folder = out or _evaluations_of(run)
     evaluator = Evaluator(
         model, setting, request, folder, conversions=_conversions(run, model, reference, split, n),
@@ -328,7 +337,9 @@ def _command(run: Path, reference: Path, test: Path | None, **options: Any) -> s
     parts = ["fedcanvas", "evaluate", str(run), "--reference", str(reference)]
     if test is not None:
         parts += ["--test", str(test)]
-    defaults = {"n": DEFAULT_N, "seed": SAMPLE_SEED, "trainings": 3, "extractor": "local", "clip": ""}
+    defaults = {
+        "n": DEFAULT_N, "seed": SAMPLE_SEED, "trainings": 3, "extractor": "local", "clip": "", "metrics": "", "out": "",
+    }  # fmt: skip
     for name, value in options.items():
         if value != defaults[name]:
             parts += [f"--{name}", str(value)]
@@ -371,6 +382,8 @@ def _charged(
             f" records (95 % interval {answer.low:.3f} to {answer.high:.3f}, noise included)"
         )
     typer.echo(answer.note)
+    if answer.simulated:
+        typer.echo("the site is simulated: its noise comes from a seed, so this figure protects nobody")
     spent = f"epsilon {answer.epsilon:.3g} at delta {answer.delta:.1e}, {answer.unit} added or removed"
     typer.echo(f"{'charged' if answer.charged else 'cost when it was asked first'}: {spent}; run {answer.run}")
 

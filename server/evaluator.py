@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +24,14 @@ import numpy as np
 
 from server.evaluation import pictures
 from server.sheet import SheetCell, contact_sheet
-from shared.errors import DataError
+from shared.errors import FedCanvasError
 from shared.metrics import METRICS, Gallery, Measurement, Pictures, Setting, Table
+from shared.metrics.attributes import VERSION as CLASSIFIER_VERSION
+from shared.metrics.downstream import VERSION as DOWNSTREAM_VERSION
 from shared.rundir import GeneratorModel, current_versions, take_lock, to_json, write_whole
 
 FORMAT = 1
+MEASURING_VERSIONS = (CLASSIFIER_VERSION, DOWNSTREAM_VERSION)  # other weights, other figures
 CLASS_PICTURES, FEW_PICTURES = 12, 4  # of each prompt on the sheet; the fewer where there are many prompts
 MANY_PROMPTS = 20
 MOST_PROMPTS = 100  # with a sheet of their own
@@ -41,7 +45,7 @@ class Request:
 
     Attributes:
         extractor: as it was asked for, and the digest of what it names: two files of one name are two extractors.
-        dual_encoder: of the metrics of alignment; "" for none.
+        dual_encoder: of the metrics of alignment, and the digest of the folders that it names; "" for none.
     """
 
     n: int
@@ -50,6 +54,7 @@ class Request:
     extractor: str
     extractor_digest: str
     dual_encoder: str
+    dual_encoder_digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +77,10 @@ class Evaluator:
     @property
     def key(self) -> str:
         weights = self.model.card["files"]["generator.safetensors"]
-        about = json.dumps([FORMAT, weights, self.setting.public.digest, asdict(self.request)])
+        about = json.dumps(
+            [FORMAT, MEASURING_VERSIONS, weights, list(self.model.prompts), self.setting.public.digest,
+             asdict(self.request)]
+        )  # fmt: skip
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
     def run(self, names: Sequence[str], *, command: str, about: Mapping[str, Any], fresh: bool = False) -> Path:
@@ -91,9 +99,11 @@ class Evaluator:
         place = self.folder / self.key
         place.mkdir(parents=True, exist_ok=True)
         with take_lock(place):
-            done = {} if fresh else {name: found for name in METRICS.names() if (found := _kept(place, name))}
-            # What could not be measured is tried again: a model may have been named, or a network be there now.
-            left = [name for name in names if name not in done or "not_measured" in done[name]]
+            done = {name: found for name in METRICS.names() if (found := _kept(place, name))}
+            # What could not be measured is tried again: there may be a network now, or a package.
+            left = [name for name in names if fresh or name not in done or "not_measured" in done[name]]
+            if left:
+                (place / "evaluation.json").unlink(missing_ok=True)  # until it is true again
             drawn: Pictures | None = None
             for number, name in enumerate(left, 1):
                 self.on_metric(name, number, len(left))
@@ -102,8 +112,12 @@ class Evaluator:
                     drawn = drawn or self._draw(place)
                     metric = METRICS.get(name).prepare(self.setting)
                     found = self._as_table(place, name, metric.measure(drawn))
-                except DataError as error:
+                except FedCanvasError as error:
                     found = {"not_measured": error.message, "hint": error.hint or ""}
+                except Exception as error:  # a bug, ours or a library's: the other metrics are measured all the same
+                    (place / f"{name}.log").write_text(traceback.format_exc(), encoding="utf-8")
+                    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
+                    found = {"not_measured": reason, "hint": f"the whole of it stands in {place / name}.log"}
                 found["seconds"] = round(time.monotonic() - started, 2)
                 write_whole(place / f"{name}.json", to_json(found))
                 done[name] = found

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 from server.evaluation import pictures
 from shared.errors import DataError
-from shared.metrics.downstream import VERSION, tell, train_convnet
+from shared.metrics.downstream import VERSION, SimpleConvnet, tell, train_convnet
 from shared.private_data import CAPTION, Question
 from shared.rundir import GeneratorModel
 
@@ -25,7 +26,7 @@ MOST_PROMPTS = 1000  # as classes of one classifier
 def question_about(
     model: GeneratorModel, *, n: int, seed: int, epsilon: float, delta: float | None, progress: Callable[[str], None]
 ) -> Question:  # fmt: skip
-    """Trains the classifier on `n` pictures of the model, evenly over its prompts.
+    """About a classifier of `n` pictures of the model, evenly over its prompts; trained when it is first asked.
 
     Raises:
         DataError: the model has one prompt, too many of them, or more than there are pictures.
@@ -36,16 +37,19 @@ def question_about(
             f"a classifier of the model's {len(prompts)} prompts cannot be trained on {n} pictures",
             hint=f"it takes 2 to {MOST_PROMPTS} prompts, and a picture of each: raise --n",
         )
-    progress(f"training a classifier on {n:,} generated pictures")
-    labels = np.arange(n) % len(prompts)
-    made = pictures(model, [prompts[label] for label in labels], seed=seed, indices=range(n))
-    network = train_convnet(made, {CAPTION: labels}, seed)
+
+    @cache
+    def network() -> SimpleConvnet:
+        progress(f"training a classifier on {n:,} generated pictures")
+        labels = np.arange(n) % len(prompts)
+        made = pictures(model, [prompts[label] for label in labels], seed=seed, indices=range(n))
+        return train_convnet(made, {CAPTION: labels}, seed)
 
     def predict(images: np.ndarray) -> list[str]:
-        return [prompts[place] for place in tell(network, images)[0]]
+        return [prompts[place] for place in tell(network(), images)[0]]
 
     weights = str(model.card["files"]["generator.safetensors"])
-    about = json.dumps([VERSION, weights, n, seed])
+    about = json.dumps([VERSION, weights, prompts, n, seed])
     return Question(
         attribute=CAPTION, predict=predict, predictor_digest=hashlib.sha256(about.encode()).hexdigest(),
         model_digest=weights, epsilon=epsilon, delta=delta, image_size=data.image_size, channels=data.channels,

@@ -578,7 +578,8 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
         f" {spent.adjacency} one {spent.unit}"
     ]
     if rows:
-        notes.append("accuracy " + ", ".join(f"{name} {figure.value:.2f}" for name, figure in rows))
+        shown = ", ".join(f"{name} {figure.value:.2f}" for name, figure in rows)
+        notes.append(shown if len(rows) == 1 else f"accuracy {shown}")
     sheet = run.write_bytes("sheet.png", final_sheet(model, reference, title=run.path.resolve().name, notes=notes))
     seconds = sum(float(line["seconds"]) for line in run.timings())
     run.write_json(

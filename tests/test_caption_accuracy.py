@@ -129,6 +129,20 @@ def test_few_different_captions_are_an_attribute_where_no_column_is_one() -> Non
     assert measured.figures[0].chance == pytest.approx(1 / 12)
 
 
+def test_a_column_that_captions_do_not_tell_or_with_a_rare_value_is_left_out_and_named() -> None:
+    data = shapes(1500)
+    rng = np.random.default_rng(99)  # another than that of the shapes
+    data.attributes["scanner"] = [str(letter) for letter in rng.choice(["A", "B"], size=1500)]
+    data.attributes["diagnosis"] = ["rare" if row < 3 else "common" for row in range(1500)]
+    measured = CaptionAccuracy.prepare(setting_of(data)).measure(as_pictures(shapes(100, seed=9)))
+    assert {figure.name for figure in measured.figures} == {
+        "accuracy", "accuracy of colour", "accuracy of background",
+    }  # fmt: skip
+    notes = " | ".join(measured.notes)
+    assert "the column scanner is not measured: captions do not tell it" in notes
+    assert "the column diagnosis is not measured: 3 pictures have the value 'rare'" in notes
+
+
 @pytest.mark.parametrize(
     "attributes",
     [{}, {"one": ["same"] * 120}, {"name": [f"picture {place}" for place in range(120)]}, {"gap": ["a", ""] * 60}],

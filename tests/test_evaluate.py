@@ -214,6 +214,7 @@ def test_an_interrupted_evaluation_keeps_what_it_has_and_goes_on(
     error = capsys.readouterr().err
     assert "what was measured so far is kept" in error
     assert "fedcanvas evaluate" in error
+    assert "--metrics nearest,zz-counting" in error
     (folder,) = (place / "runs/a/evaluations").iterdir()
     assert (folder / "nearest.json").is_file()
     assert not (folder / "evaluation.json").exists()
@@ -226,6 +227,32 @@ def test_an_interrupted_evaluation_keeps_what_it_has_and_goes_on(
     assert len(_Counting.measured) == 1
     evaluated(capsys, *arguments, "--metrics", "zz-counting", "--fresh")
     assert len(_Counting.measured) == 2
+
+
+@pytest.mark.usefixtures("_with_counting")
+def test_measuring_one_again_keeps_the_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [place / "runs/a", "--reference", place / "public.npz", "--n", "24"]
+    evaluated(capsys, *arguments, "--metrics", "nearest,zz-counting")
+    assert list(evaluated(capsys, *arguments, "--metrics", "zz-counting", "--fresh")["metrics"]) == [
+        "nearest", "zz-counting",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("_with_counting")
+def test_a_bug_in_one_metric_is_told_and_the_others_are_measured(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: _Counting, pictures: Pictures) -> Measurement:
+        raise ValueError("a shape is wrong")
+
+    monkeypatch.setattr(_Counting, "measure", broken)
+    monkeypatch.setitem(METRICS._entries, "aa-first", METRICS._entries["zz-counting"])
+    which = ["--metrics", "aa-first,nearest"]
+    arguments = [place / "runs/a", "--reference", place / "public.npz", "--n", "24", *which]
+    found = evaluated(capsys, *arguments)
+    assert found["metrics"]["aa-first"]["not_measured"] == "ValueError: a shape is wrong"
+    assert "Traceback" in Path(found["metrics"]["aa-first"]["hint"].rpartition(" ")[2]).read_text()
+    assert "figures" in found["metrics"]["nearest"]
 
 
 def test_a_damaged_partial_result_is_measured_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -484,6 +511,8 @@ def test_a_charge_above_the_policy_or_of_public_data_is_refused(
     assert "max-query-epsilon" in error
     assert charges(site) == ["opened"]
     refused(capsys, asking, "--reference", place / "public.npz", "--charge", "1", "--yes", "--n", "60")
+    error = refused(capsys, asking, "--reference", site, "--charge", "1", "--yes", "--metrics", "fid")
+    assert "--charge asks one question" in error
 
 
 # ---- beside another run

@@ -77,6 +77,22 @@ def test_all_pictures_of_a_subject_are_in_one_part() -> None:
     assert sum(map(len, of_parts)) == len(set().union(*of_parts)) == 100
 
 
+def test_a_row_without_a_subject_leaves_the_subjects_of_the_others_whole() -> None:
+    subjects = [f"p{n // 5}" if n else "" for n in range(500)]
+    found = parts(divide(pictures(list(range(500)), subjects=subjects), n=500))
+    of_parts = [{subjects[n] for n in part} - {""} for part in found.values()]
+    assert sum(map(len, of_parts)) == len(set().union(*of_parts)) == 100
+
+
+def test_a_test_set_without_subjects_takes_its_pictures_and_their_subjects_out_of_the_other_parts() -> None:
+    subjects = [f"p{n // 5}" for n in range(500)]
+    tested = pictures([0, 7, 300], name="tests")
+    found = parts(divide(pictures(list(range(500)), subjects=subjects), n=500, test=tested))
+    rest = found["fit"] + found["reference"] + found["floor"]
+    assert not {subjects[n] for n in rest} & {"p0", "p1", "p60"}
+    assert len(rest) == 485
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_too_few_pictures_are_refused_with_what_is_missing(count: int) -> None:
     with pytest.raises(DataError, match=f"mine has {count} pictures, too few for its parts"):

@@ -80,6 +80,7 @@ class MeasuringClassifier:
         values: attribute to its values, in the order of the classifier's logits.
         captions: caption to the values of its attributes, from all parts of the public set.
         held_out: accuracy on real pictures of the part `fit` that it was not trained on, with "all".
+        left_out: sentences about columns that are no attributes.
         digest: of what it was trained on and how.
     """
 
@@ -88,6 +89,7 @@ class MeasuringClassifier:
     captions: dict[str, dict[str, str]]
     held_out: dict[str, float]
     digest: str
+    left_out: list[str]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,18 +138,46 @@ def measuring_classifier(setting: Setting) -> MeasuringClassifier:
 
 def known_attributes(parts: Sequence[Part]) -> dict[str, list[list[str]]]:
     """Attribute to its column in each part; the caption where no column is an attribute and captions are few."""
-    names = [name for name in parts[0].attributes if all(name in part.attributes for part in parts)]
-    columns = {name: [part.attributes[name] for part in parts] for name in names}
-    kept = {name: of for name, of in columns.items() if _is_attribute(of[0])}
+    columns = _columns(parts)
+    kept = {name: of for name, of in columns.items() if not _why_no_attribute(parts, of)}
     if kept:
         return kept
     captions = [[found[0] for found in part.captions] for part in parts]
-    return {CAPTION: captions} if _is_attribute(captions[0]) else {}
+    return {CAPTION: captions} if not _why_no_attribute(parts, captions) else {}
 
 
-def _is_attribute(column: Sequence[str]) -> bool:
-    counts = Counter(column)
-    return 1 < len(counts) <= MOST_VALUES and min(counts.values()) >= LEAST_PICTURES and "" not in counts
+def columns_left_out(parts: Sequence[Part]) -> list[str]:
+    """A sentence for each column that is no attribute, so that none vanishes without a word."""
+    reasons = {name: _why_no_attribute(parts, of) for name, of in _columns(parts).items()}
+    return [f"the column {name} is not measured: {why}" for name, why in reasons.items() if why]
+
+
+def _columns(parts: Sequence[Part]) -> dict[str, list[list[str]]]:
+    names = [name for name in parts[0].attributes if all(name in part.attributes for part in parts)]
+    return {name: [part.attributes[name] for part in parts] for name in names}
+
+
+def _why_no_attribute(parts: Sequence[Part], column: Sequence[Sequence[str]]) -> str:
+    """In words; "" for an attribute. All parts decide together, so that every metric measures the same ones."""
+    counts = Counter(value for of in column for value in of)
+    if "" in counts:
+        return f"{counts['']} pictures have no value"
+    if len(counts) < 2:
+        return "all pictures have one value"
+    if len(counts) > MOST_VALUES:
+        return f"it has {len(counts)} values, more than {MOST_VALUES}: a name or a number"
+    rarest, few = min(counts.items(), key=lambda item: item[1])
+    if few < LEAST_PICTURES:
+        return f"{few} pictures have the value '{rarest}', and {LEAST_PICTURES} are the least"
+    meant: dict[str, set[str]] = {}
+    for part, of in zip(parts, column, strict=True):
+        for captions, value in zip(part.captions, of, strict=True):
+            for caption in captions:
+                meant.setdefault(caption, set()).add(value)
+    told = [any(len(meant[caption]) == 1 for caption in captions) for part in parts for captions in part.captions]
+    if sum(told) < len(told) / 2:
+        return "captions do not tell it, so no prompt asks for it"
+    return ""
 
 
 def _build(setting: Setting) -> MeasuringClassifier:
@@ -185,7 +215,9 @@ def _build(setting: Setting) -> MeasuringClassifier:
                 torch.set_num_threads(threads)
             _keep(network, held_out, cached)
     network.eval().requires_grad_(False)
-    return MeasuringClassifier(network, values, _meanings(parts, columns), held_out, digest)
+    return MeasuringClassifier(
+        network, values, _meanings(parts, columns), held_out, digest, columns_left_out(parts)
+    )
 
 
 def _meanings(parts: Sequence[Part], columns: Mapping[str, list[list[str]]]) -> dict[str, dict[str, str]]:
@@ -284,6 +316,6 @@ def _restore(network: AttributeClassifier, path: Path | None) -> dict[str, float
         with safe_open(path, framework="pt") as file:
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             held_out: dict[str, float] = json.loads(file.metadata()["held_out"])
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError):
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError):  # TypeError: without metadata
         return None
     return held_out

@@ -77,7 +77,10 @@ class CaptionAccuracy:
                     floor_n=len(real) if real is not None else None, chance=chance[name],
                 )
             )  # fmt: skip
-        notes = [f"judged by a classifier trained on {len(public.fit):,} real pictures of the public set"]
+        notes = [
+            f"judged by a classifier trained on {len(public.fit):,} real pictures of the public set",
+            *self.classifier.left_out,
+        ]
         if len(rows) < len(pictures):
             notes.append(
                 f"{len(pictures) - len(rows)} pictures are left out: no caption of the public set equals their prompt"

@@ -89,8 +89,10 @@ def divide(
     keys = _keys(dataset)
     order = sorted(range(len(keys)), key=lambda row: (keys[row], row))
     if test is not None:
-        seen = set(_keys(test))
-        order = [row for row in order if keys[row] not in seen]
+        # A subject of the test set with all its pictures, and a picture of it whoever it is said to be of.
+        seen, pixels = {*_keys(test), *_pixel_keys(test)}, _pixel_keys(dataset)
+        tested = {keys[row] for row in order if keys[row] in seen or pixels[row] in seen}
+        order = [row for row in order if keys[row] not in tested]
     shares = SHARES if test is None else {name: share for name, share in SHARES.items() if name != "test"}
     groups = _by_share([keys[row] for row in order], shares)
     rows = {name: [order[place] for place in places] for name, places in groups.items()}
@@ -137,9 +139,15 @@ def _cut(rows: list[int], count: int, keys: list[str]) -> tuple[list[int], list[
 
 
 def _keys(dataset: ImageCaptionDataset) -> list[str]:
-    subjects = dataset.attributes.get(SUBJECT_ID)
-    if subjects is not None and all(subjects):
-        return [hashlib.sha256(f"subject {subject}".encode()).hexdigest() for subject in subjects]
+    """Of each picture its subject, where its row names one, else its pixels."""
+    subjects = dataset.attributes.get(SUBJECT_ID) or [""] * len(dataset)
+    return [
+        hashlib.sha256(f"subject {subject}".encode()).hexdigest() if subject else pixels
+        for subject, pixels in zip(subjects, _pixel_keys(dataset), strict=True)
+    ]
+
+
+def _pixel_keys(dataset: ImageCaptionDataset) -> list[str]:
     return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in dataset.images]
 
 
