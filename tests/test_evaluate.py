@@ -125,9 +125,15 @@ def test_the_text_says_the_same_numbers(place: Path, capsys: pytest.CaptureFixtu
     found = evaluated(capsys, place / "runs/a", "--reference", reference, *QUICK)
     assert run(["evaluate", str(place / "runs/a"), "--reference", str(reference), *QUICK]) == 0
     text = capsys.readouterr().out
-    for entry in found["metrics"].values():
+    lines = text.splitlines()
+    for metric, entry in found["metrics"].items():
         for table in entry["figures"]:
-            assert f"{table['value']:.4f}" in text or f"{table['value']:.2f}" in text
+            numbers = [table["value"], table["interval"]["low"], table["interval"]["high"], table["floor"]]
+            shown = [f"{number:.4f}" if abs(number) < 10 else f"{number:.2f}" for number in numbers]
+            label = f"{metric}: {table['name']} "
+            rests = [line.removeprefix(label) for line in lines if line.startswith(label)]
+            (told,) = (rest.split() for rest in rests if not rest.startswith("of "))
+            assert told[:5] == [shown[0], shown[1], "to", shown[2], shown[3]]
     assert "epsilon 1.5 at delta 1e-04, add/remove one example" in text
 
 
