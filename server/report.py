@@ -37,7 +37,8 @@ PROTECTED = {
 NOT_PROTECTED = (
     "This is a simulation: all sites share one machine, and their draws and noise come from a seed that is written"
     " down. The epsilon is that of the same run with noise from the operating system.",
-    "Other runs on the same data add to this one; no site keeps an account over runs yet.",
+    "Other runs on the same data add to this one: each site's own ledger adds up its runs, this report shows this run"
+    " alone.",
     "A person with several records at a site, or with records at two sites, is protected less; where the unit is the"
     " subject, one with records at two sites or under two names.",
     "What is common to many records is learned: that is the purpose.",
