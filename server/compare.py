@@ -3,8 +3,8 @@
 Two runs are told apart in a figure when z = |a - b| / sqrt(s_a^2 + s_b^2), with s from each 95 % interval, is too
 large for chance after Holm's correction over all pairs of that figure. Runs that differ in the seed alone are also
 taken together, with Student's t over seeds, and told apart by Welch's test. Figures against another public set, by
-another extractor, or of another number of pictures stand in blocks of their own, with the reason; so does usefulness where
-the classifiers learned from another number of pictures, or were trained another number of times.
+another extractor, or of another number of pictures stand in blocks of their own, with the reason; so does usefulness
+where the classifiers learned from another number of pictures, or were trained another number of times.
 
 Not covered: a correction over figures (Holm holds the chance of any false statement at 5 % within one figure), and
 what single runs have in common: the same latents and reference pictures make their differences a little safer than z.
@@ -23,7 +23,7 @@ from typing import Any
 
 from server.charts import Point, points
 from server.evaluation_page import BETTER, METRIC_WORDS, figure_label, metric_name, number, privacy_words, span
-from server.evaluations import check_evaluation, figures_of
+from server.evaluations import check_evaluation, evaluation_words, figures_of, left_aside
 from shared.cli import printable
 from shared.errors import UsageError
 from shared.metrics.figure import NORMAL_QUANTILE, Figure, Interval, seeds_interval
@@ -122,15 +122,20 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
+    """All that is said. `aside` are further evaluations, which are not compared: the run's name, and which in words."""
+
     columns: list[Column]
     groups: list[Group]
     blocks: list[Block]
     cautions: list[str]
+    aside: list[tuple[str, str]]
 
 
 def compare(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str, Any]]) -> Comparison:
     """What can be said of `runs`, each with its evaluation.
 
+    Args:
+        evaluations: in the order of `runs`, as `load_comparable` chooses them.
     Raises:
         UsageError: fewer than two runs, or one of them twice.
         RunDirectoryError: an evaluation is damaged.
@@ -149,7 +154,8 @@ def compare(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str, Any
         for name, run, evaluation in zip(names, runs, evaluations, strict=True)
     ]
     groups = _groups(columns)
-    return Comparison(columns, groups, _blocks(columns, groups), list(_cautions(columns)))
+    aside = [(c.name, words) for c in columns for words in left_aside(c.run.path, c.evaluation)]
+    return Comparison(columns, groups, _blocks(columns, groups), list(_cautions(columns)), aside)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -298,10 +304,7 @@ def _row(
     for group in groups:
         if all(place in figures and math.isfinite(figures[place].value) for place in group.places):
             values[group.name] = [figures[place].value for place in group.places]
-    means = {
-        name: (sum(seeds) / len(seeds), _over_seeds(seeds, share=share))
-        for name, seeds in values.items()
-    }
+    means = {name: (sum(seeds) / len(seeds), _over_seeds(seeds, share=share)) for name, seeds in values.items()}
     of_runs = [
         _by_intervals(columns[a].name, figures[a], columns[b].name, figures[b])
         for a, b in itertools.combinations(figures, 2)
@@ -376,6 +379,11 @@ def compare_text(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str
     width = min(40, max(len(name) for name in [*(c.name for c in found.columns), *(g.name for g in found.groups)]))
     lines = [f"{column.name:<{width}}  {privacy_words(column.evaluation)}" for column in found.columns]
     lines += [f"note: {caution}" for caution in found.cautions]
+    if found.aside:
+        lines += ["", "compared, and left aside:"]
+        for column in found.columns:
+            lines.append(f"  {column.name}: evaluation {evaluation_words(column.evaluation)}")
+            lines += [f"    left aside: evaluation {words}" for name, words in found.aside if name == column.name]
     for block in found.blocks:
         if block.reason:
             names = _listed([found.columns[place].name for place in block.places])
@@ -434,6 +442,7 @@ def compare_json(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str
             ],
             "seeds": {group.name: [columns[place].name for place in group.places] for group in found.groups},
             "cautions": found.cautions,
+            "left_aside": [{"run": name, "evaluation": words} for name, words in found.aside],
             "blocks": blocks,
             "settings": {
                 key: dict(zip((column.name for column in columns), values, strict=True))
@@ -482,8 +491,18 @@ def _of_runs(found: Comparison) -> list[str]:
         f" together, as a mean over {len(group.places)} seeds."
         for group in found.groups
     ]
-    return ["<h2>The runs</h2>", table(["", "privacy spent", "training", "measured"], rows, text=4),
-            *([bullets(grouped)] if grouped else [])]  # fmt: skip
+    parts = ["<h2>The runs</h2>", table(["", "privacy spent", "training", "measured"], rows, text=4),
+             *([bullets(grouped)] if grouped else [])]  # fmt: skip
+    if found.aside:
+        compared = [[column.name, evaluation_words(column.evaluation)] for column in found.columns]
+        parts += [
+            "<h3>Further evaluations, left aside</h3>",
+            "<p>Of each run one evaluation is compared: of the public set, number of pictures and extractor that most"
+            " of these runs share, the one that measured most, then the newest.</p>",
+            table(["run", "compared here"], compared, text=2),
+            table(["run", "left aside"], [list(pair) for pair in found.aside], text=2),
+        ]
+    return parts
 
 
 def _figures(found: Comparison) -> list[str]:
