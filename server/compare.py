@@ -3,7 +3,8 @@
 Two runs are told apart in a figure when z = |a - b| / sqrt(s_a^2 + s_b^2), with s from each 95 % interval, is too
 large for chance after Holm's correction over all pairs of that figure. Runs that differ in the seed alone are also
 taken together, with Student's t over seeds, and told apart by Welch's test. Figures against another public set, by
-another extractor, or of another number of pictures stand in blocks of their own, with the reason.
+another extractor, or of another number of pictures stand in blocks of their own, with the reason; so does usefulness
+where the classifiers learned from another number of pictures, or were trained another number of times.
 
 Not covered: a correction over figures (Holm holds the chance of any false statement at 5 % within one figure), and
 what single runs have in common: the same latents and reference pictures make their differences a little safer than z.
@@ -16,13 +17,14 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from server.charts import Point, points
 from server.evaluation_page import BETTER, METRIC_WORDS, figure_label, metric_name, number, privacy_words, span
-from server.evaluations import check_evaluation, figures_of
+from server.evaluations import check_evaluation, evaluation_words, figures_of, left_aside
+from shared.cli import printable
 from shared.errors import UsageError
 from shared.metrics.figure import NORMAL_QUANTILE, Figure, Interval, seeds_interval
 from shared.page import Code, Small, bullets, escaped, html_page, image, table, warning
@@ -33,6 +35,8 @@ FORMAT = 1
 FALSE_ALARMS = 0.05  # of any pair of one figure
 JOB = ("scenario", "data", "partition", "attribute", "alpha")  # of simulation.json: what data the sites had
 MEANS = ("caption-accuracy", "clip-score")  # a mean over pictures: how many there are decides only how sure it is
+# Metrics, and figures of other metrics, that are shares of pictures and cannot leave [0, 1]. Density can.
+SHARES = ("caption-accuracy", "downstream", "retrieval", "precision", "recall", "coverage", "very near")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,15 +122,20 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
+    """All that is said. `aside` are further evaluations, which are not compared: the run's name, and which in words."""
+
     columns: list[Column]
     groups: list[Group]
     blocks: list[Block]
     cautions: list[str]
+    aside: list[tuple[str, str]]
 
 
 def compare(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str, Any]]) -> Comparison:
     """What can be said of `runs`, each with its evaluation.
 
+    Args:
+        evaluations: in the order of `runs`, as `load_comparable` chooses them.
     Raises:
         UsageError: fewer than two runs, or one of them twice.
         RunDirectoryError: an evaluation is damaged.
@@ -145,7 +154,8 @@ def compare(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str, Any
         for name, run, evaluation in zip(names, runs, evaluations, strict=True)
     ]
     groups = _groups(columns)
-    return Comparison(columns, groups, _blocks(columns, groups), list(_cautions(columns)))
+    aside = [(c.name, words) for c in columns for words in left_aside(c.run.path, c.evaluation)]
+    return Comparison(columns, groups, _blocks(columns, groups), list(_cautions(columns)), aside)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -205,8 +215,12 @@ def _context(metric: str, figure: Figure, evaluation: Mapping[str, Any]) -> dict
     """What must be equal for two figures to be comparable, by its name in words."""
     reference = evaluation["reference"]
     whole = str(reference.get("digest", "not stated"))[:12]
-    if metric == "downstream":
-        return {"test pictures": str(reference.get("test_digest") or whole)[:12]}
+    if metric == "downstream":  # n pictures are what the classifiers learn from: more of them teach more
+        return {
+            "test pictures": str(reference.get("test_digest") or whole)[:12],
+            "number of pictures": f"{figure.n:,}",
+            "number of trainings": f"{len(figure.seeds.get('trainings', []))}",
+        }
     if metric in MEANS and figure.extractor is not None:
         return {"extractor": figure.extractor}
     if metric in MEANS:
@@ -225,16 +239,17 @@ def _blocks(columns: Sequence[Column], groups: Sequence[Group]) -> list[Block]:
             if figure is not None:
                 found[place] = figure
         contexts = {place: _context(metric, figure, columns[place].evaluation) for place, figure in found.items()}
-        alike: dict[tuple[str, ...], list[int]] = {}
+        alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
         for place, context in contexts.items():
-            alike.setdefault(tuple(context.values()), []).append(place)
+            alike.setdefault(tuple(context.items()), []).append(place)
         for places in alike.values():
             missing = {place: _why_missing(columns[place], metric) for place in every if place not in found}
             if len(alike) == 1:
                 comparable.rows.append(_row(metric, found, missing, columns, groups))
                 continue
-            differ = [key for key in contexts[places[0]] if len({context[key] for context in contexts.values()}) > 1]
-            reason = "; ".join(f"{key}: {contexts[places[0]][key]}" for key in differ)
+            own = contexts[places[0]]
+            differ = [key for key in own if len({context.get(key) for context in contexts.values()}) > 1]
+            reason = "; ".join(f"{key}: {own[key]}" for key in differ)
             block = apart.setdefault((tuple(places), reason), Block(reason, tuple(places)))
             block.rows.append(_row(metric, {place: found[place] for place in places}, {}, columns, groups))
     return [*([comparable] if comparable.rows else []), *apart.values()]
@@ -283,15 +298,13 @@ def _row(
     metric: str, figures: dict[int, Figure], missing: dict[int, str], columns: Sequence[Column],
     groups: Sequence[Group],
 ) -> Row:  # fmt: skip
-    better = next(iter(figures.values())).better
+    first = next(iter(figures.values()))
+    better, share = first.better, metric in SHARES or first.name in SHARES
     values: dict[str, list[float]] = {}
     for group in groups:
         if all(place in figures and math.isfinite(figures[place].value) for place in group.places):
             values[group.name] = [figures[place].value for place in group.places]
-    means = {
-        name: (sum(seeds) / len(seeds), seeds_interval(seeds, how=f"Student's t over {len(seeds)} seeds"))
-        for name, seeds in values.items()
-    }
+    means = {name: (sum(seeds) / len(seeds), _over_seeds(seeds, share=share)) for name, seeds in values.items()}
     of_runs = [
         _by_intervals(columns[a].name, figures[a], columns[b].name, figures[b])
         for a, b in itertools.combinations(figures, 2)
@@ -300,6 +313,14 @@ def _row(
         _by_seeds(a, values[a], b, values[b], better) for a, b in itertools.combinations(values, 2)
     ]  # fmt: skip
     return Row(metric, figures, missing, means, _corrected(of_runs), _corrected(of_groups))
+
+
+def _over_seeds(seeds: Sequence[float], *, share: bool) -> Interval:
+    """Student's t; where few seeds leave it wider than a share can be, what a share can be."""
+    interval = seeds_interval(seeds, how=f"Student's t over {len(seeds)} seeds")
+    if share and all(0 <= value <= 1 for value in seeds):
+        return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+    return interval
 
 
 def _by_intervals(name_a: str, a: Figure, name_b: str, b: Figure) -> Difference:
@@ -358,6 +379,11 @@ def compare_text(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str
     width = min(40, max(len(name) for name in [*(c.name for c in found.columns), *(g.name for g in found.groups)]))
     lines = [f"{column.name:<{width}}  {privacy_words(column.evaluation)}" for column in found.columns]
     lines += [f"note: {caution}" for caution in found.cautions]
+    if found.aside:
+        lines += ["", "compared, and left aside:"]
+        for column in found.columns:
+            lines.append(f"  {column.name}: evaluation {evaluation_words(column.evaluation)}")
+            lines += [f"    left aside: evaluation {words}" for name, words in found.aside if name == column.name]
     for block in found.blocks:
         if block.reason:
             names = _listed([found.columns[place].name for place in block.places])
@@ -374,7 +400,7 @@ def compare_text(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str
     for column in found.columns:
         for metric, why in _not_measured(column):
             lines.append(f"{column.name}: {metric} not measured: {why}")
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def compare_json(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -416,6 +442,7 @@ def compare_json(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str
             ],
             "seeds": {group.name: [columns[place].name for place in group.places] for group in found.groups},
             "cautions": found.cautions,
+            "left_aside": [{"run": name, "evaluation": words} for name, words in found.aside],
             "blocks": blocks,
             "settings": {
                 key: dict(zip((column.name for column in columns), values, strict=True))
@@ -464,8 +491,18 @@ def _of_runs(found: Comparison) -> list[str]:
         f" together, as a mean over {len(group.places)} seeds."
         for group in found.groups
     ]
-    return ["<h2>The runs</h2>", table(["", "privacy spent", "training", "measured"], rows, text=4),
-            *([bullets(grouped)] if grouped else [])]  # fmt: skip
+    parts = ["<h2>The runs</h2>", table(["", "privacy spent", "training", "measured"], rows, text=4),
+             *([bullets(grouped)] if grouped else [])]  # fmt: skip
+    if found.aside:
+        compared = [[column.name, evaluation_words(column.evaluation)] for column in found.columns]
+        parts += [
+            "<h3>Further evaluations, left aside</h3>",
+            "<p>Of each run one evaluation is compared: of the public set, number of pictures and extractor that most"
+            " of these runs share, the one that measured most, then the newest.</p>",
+            table(["run", "compared here"], compared, text=2),
+            table(["run", "left aside"], [list(pair) for pair in found.aside], text=2),
+        ]
+    return parts
 
 
 def _figures(found: Comparison) -> list[str]:
@@ -608,8 +645,3 @@ def _listed(names: Sequence[str]) -> str:
     if len(names) > 4:
         return f"{', '.join(names[:3])} and {len(names) - 3} more"
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _printable(line: str) -> str:
-    """A name from a file could otherwise move a terminal's cursor."""
-    return "".join(character if character.isprintable() else "�" for character in line)

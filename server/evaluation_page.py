@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from server.charts import MOST_LINES, Line, confusion, curves
-from server.evaluations import evaluate_hint, figures_of, gallery_bytes, interrupted_evaluations
+from server.evaluations import evaluate_hint, figures_of, gallery_bytes, interrupted_evaluations, left_aside
 from shared.errors import RunDirectoryError
 from shared.metrics import METRICS
 from shared.metrics.figure import Figure
@@ -73,13 +74,15 @@ METRIC_WORDS: dict[str, tuple[str, str, str]] = {
 
 
 def evaluation_sections(
-    run: RunDirectory, evaluation: Mapping[str, Any] | None, *, epsilon_at: Mapping[int, float]
-) -> list[str]:
+    run: RunDirectory, evaluation: Mapping[str, Any] | None, *, epsilon_at: Mapping[int, float],
+    folder: Path | None = None,
+) -> list[str]:  # fmt: skip
     """HTML of all sections; none where nothing was evaluated, begun, or measured during training.
 
     Args:
         evaluation: as `load_evaluation` gives it; `None` where there is no complete one.
         epsilon_at: round to the epsilon spent by its end, for the rounds of `quality_rounds`; empty without privacy.
+        folder: with the pictures of the evaluation; default is the one of its key in the run.
     """
     parts: list[str] = []
     unfinished = interrupted_evaluations(run.path)
@@ -97,7 +100,7 @@ def evaluation_sections(
             *_not_measured(evaluation),
             *_explained(evaluation),
             *_notes(evaluation),
-            *_sheets(run, evaluation),
+            *_sheets(run, evaluation, folder),
             *_tables(evaluation),
         ]
     parts += _over_rounds(run, evaluation, epsilon_at)
@@ -168,6 +171,9 @@ def _about(run: RunDirectory, evaluation: Mapping[str, Any]) -> list[str]:
     stated, here = evaluation["model"].get("weights_digest"), _weights_digest(run)
     if stated and here and stated != here:
         parts.append(warning("These figures are of other weights than the run has now: evaluate it again."))
+    aside = left_aside(run.path, evaluation)
+    if aside:
+        parts += ["<p>Further evaluations of this run are left aside here:</p>", bullets(aside)]
     return parts
 
 
@@ -249,24 +255,23 @@ def _notes(evaluation: Mapping[str, Any]) -> list[str]:
     return ["<h3>To be known with them</h3>", bullets(notes)] if notes else []
 
 
-def _sheets(run: RunDirectory, evaluation: Mapping[str, Any]) -> list[str]:
+def _sheets(run: RunDirectory, evaluation: Mapping[str, Any], folder: Path | None) -> list[str]:
+    def picture(file: str, title: str) -> str:
+        content = gallery_bytes(run.path, evaluation, file, folder)
+        if content is None:
+            return f"<p>The picture {escaped(file)} (“{escaped(title)}”) is missing, or is no picture.</p>"
+        return image(content, title)
+
     parts: list[str] = []
     if sheet := evaluation.get("prompts_sheet"):
         title = "Each prompt under its first pictures; they were not chosen"
-        parts += ["<h3>The first pictures of each prompt</h3>", _picture(run, evaluation, str(sheet), title)]
+        parts += ["<h3>The first pictures of each prompt</h3>", picture(str(sheet), title)]
     for metric, entry in evaluation["metrics"].items():
         galleries = entry.get("galleries", [])
         if galleries:
             parts.append(f"<h3>Chosen by {escaped(metric_name(metric))}</h3>")
-        parts += [_picture(run, evaluation, str(gallery["file"]), str(gallery["title"])) for gallery in galleries]
+        parts += [picture(str(gallery["file"]), str(gallery["title"])) for gallery in galleries]
     return parts
-
-
-def _picture(run: RunDirectory, evaluation: Mapping[str, Any], file: str, title: str) -> str:
-    content = gallery_bytes(run.path, evaluation, file)
-    if content is None:
-        return f"<p>The picture {escaped(file)} (“{escaped(title)}”) is missing, or is no picture.</p>"
-    return image(content, title)
 
 
 def _tables(evaluation: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from server.charts import Line, curves, evenly
@@ -37,7 +38,8 @@ PROTECTED = {
 NOT_PROTECTED = (
     "This is a simulation: all sites share one machine, and their draws and noise come from a seed that is written"
     " down. The epsilon is that of the same run with noise from the operating system.",
-    "Other runs on the same data add to this one; no site keeps an account over runs yet.",
+    "Other runs on the same data add to this one: each site's own ledger adds up its runs, this report shows this run"
+    " alone.",
     "A person with several records at a site, or with records at two sites, is protected less; where the unit is the"
     " subject, one with records at two sites or under two names.",
     "What is common to many records is learned: that is the purpose.",
@@ -46,11 +48,14 @@ NOT_PROTECTED = (
 )
 
 
-def report_html(run: RunDirectory, evaluation: Mapping[str, Any] | None = None) -> str:
+def report_html(
+    run: RunDirectory, evaluation: Mapping[str, Any] | None = None, folder: Path | None = None
+) -> str:
     """The whole page.
 
     Args:
-        evaluation: to be shown; default is the newest complete one of the run, where it has one.
+        evaluation: to be shown; default is the one that `load_evaluation` takes, where the run has one.
+        folder: of the evaluation, with its pictures; default is the one of its key in the run.
     Raises:
         RunDirectoryError: no round is finished yet, or a file of the run is damaged.
     """
@@ -74,7 +79,7 @@ def report_html(run: RunDirectory, evaluation: Mapping[str, Any] | None = None) 
         f"<h1>{escaped(title)}</h1>",
         f"<p>{escaped(_summary(run))}</p>",
         *_accuracy(result, evaluated=evaluation is not None),
-        *evaluation_sections(run, evaluation, epsilon_at=epsilon_at),
+        *evaluation_sections(run, evaluation, epsilon_at=epsilon_at, folder=folder),
         *_privacy(run, plan, spent),
         *_pictures(run),
         *_curves(events, run.timings(), spent),

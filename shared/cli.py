@@ -182,6 +182,11 @@ def warn(message: str) -> None:
     say(f"warning: {message}")
 
 
+def printable(text: str) -> str:
+    """One line whose control characters are replaced: a text from a file could otherwise move a terminal's cursor."""
+    return "".join(character if character.isprintable() else "�" for character in text)
+
+
 def _fail(error: FedCanvasError) -> int:
     say(f"error: {error.message}")
     if error.hint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import stats
 from test_evaluation_page import check_page
 
 from server.compare import compare, compare_html, compare_json, compare_text, holm
+from server.evaluations import load_comparable
 from shared.errors import UsageError
 from shared.rundir import RunDirectory
 
@@ -124,7 +126,6 @@ def test_two_runs_with_one_seed_are_no_two_seeds(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"extractor": "local ffff0000"}, "extractor: local ffff0000"),
-        ({"n": 5000}, "number of pictures: 5,000"),
         ({"digest": "9" * 64}, f"public set: {'9' * 12}"),
     ],
 )
@@ -143,6 +144,91 @@ def test_what_is_not_comparable_stands_apart_with_the_reason_and_accuracies_do_n
     assert said in words
     assert "b0 by" not in "".join(d.words for row in blocks[(0, 2)].rows for d in row.differences)
     assert said in compare_text(opened, evaluations)
+
+
+def test_another_number_of_pictures_parts_distances_and_what_classifiers_learned_from(
+    runs: dict[str, RunDirectory],
+) -> None:
+    # A hostile review: usefulness at n 240 and n 24 was called different, larger than noise, and averaged over seeds.
+    opened = [runs["a0"], runs["a1"], runs["b0"]]
+    found = compare(opened, [evaluation(), evaluation(n=5000), evaluation()])
+    blocks = {block.places: block for block in found.blocks}
+    assert [row.metric for row in blocks[(0, 1, 2)].rows] == ["caption-accuracy", "caption-accuracy"]
+    for places, said in (((0, 2), "number of pictures: 1,000"), ((1,), "number of pictures: 5,000")):
+        assert [row.metric for row in blocks[places].rows] == ["fid", "downstream"]
+        assert blocks[places].reason == said
+        assert all(row.means == {} for row in blocks[places].rows)
+
+
+def test_another_number_of_trainings_parts_usefulness(runs: dict[str, RunDirectory]) -> None:
+    evaluations = [evaluation(), evaluation()]
+    for made, trainings in zip(evaluations, ([0, 1, 2], [0]), strict=True):
+        made["metrics"]["downstream"]["figures"] = [
+            figure("cnn accuracy", 0.6, 0.02, seeds={"pictures": [1], "trainings": trainings})
+        ]
+    found = compare([runs["a0"], runs["b0"]], evaluations)
+    apart = [(block.reason, [row.metric for row in block.rows]) for block in found.blocks if block.reason]
+    assert apart == [(f"number of trainings: {count}", ["downstream"]) for count in (3, 1)]
+
+
+def test_the_mean_of_shares_has_an_interval_of_shares_and_a_distance_has_its_own(runs: dict[str, RunDirectory]) -> None:
+    opened = [runs["a0"], runs["a1"]]
+    found = compare(opened, [evaluation(accuracy=0.9, fid=0.1), evaluation(accuracy=0.95, fid=0.9)])
+    rows = {(row.metric, row.any.name): row for block in found.blocks for row in block.rows}
+    ((mean, interval),) = rows["caption-accuracy", "accuracy"].means.values()
+    # Student's t of two seeds: .925 - 12.706 * .025 = .607, and .925 + .318 > 1.
+    assert (mean, interval.low, interval.high) == pytest.approx((0.925, 0.925 - 12.7062 * 0.025, 1.0), abs=1e-4)
+    ((mean, interval),) = rows["fid", "fid"].means.values()
+    assert (interval.low, interval.high) == pytest.approx((0.5 - 12.7062 * 0.4, 0.5 + 12.7062 * 0.4), abs=1e-3)
+
+
+def put(path: Path, changed: int, **about: object) -> None:
+    """An evaluation that was written at second `changed`; `only` names the metrics it measured."""
+    only = about.pop("only", None)
+    made = evaluation(**about)  # type: ignore[arg-type]
+    if only is not None:
+        made["metrics"] = {metric: made["metrics"][metric] for metric in only}  # type: ignore[attr-defined]
+    os.utime(add_evaluation(path, made) / "evaluation.json", (changed, changed))
+
+
+def test_a_quick_evaluation_does_not_hide_what_the_runs_share(tmp_path: Path) -> None:
+    # A hostile review: `--metrics fid --n 100` after a full evaluation was all that compare and report saw.
+    paths = [make_run(tmp_path / name, {"seed": seed}, quality=False) for seed, name in enumerate("xyz")]
+    for place, path in enumerate(paths):
+        put(path, 1000 + place, key="aa")
+    put(paths[0], 2000, key="bb", n=100, only=["fid"])
+    put(paths[1], 2001, key="cc", only=["fid"])
+    put(paths[2], 2002, key="dd", n=20_000)
+    evaluations = load_comparable(paths)
+    assert [made["key"] for made in evaluations] == ["aa", "aa", "aa"]
+    opened = [RunDirectory.open(path) for path in paths]
+    by = "against public shapes, features by local 3f9a01c2"
+    expected = [f"bb: 1 metric, 100 pictures, {by}", f"cc: 1 metric, 1,000 pictures, {by}",
+                f"dd: 3 metrics, 20,000 pictures, {by}"]  # fmt: skip
+    words, text = check_page(compare_html(opened, evaluations)).text, compare_text(opened, evaluations)
+    for aside in expected:
+        assert aside in words
+        assert f"left aside: evaluation {aside}" in text
+    made = compare_json(opened, evaluations)["left_aside"]
+    assert [entry["evaluation"] for entry in made] == expected
+
+
+def test_what_most_runs_share_is_compared_also_where_one_run_knows_more(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / name, {"seed": seed}, quality=False) for seed, name in enumerate("xy")]
+    put(paths[0], 1000, key="aa")
+    put(paths[0], 999, key="bb", n=100, only=["fid"])
+    put(paths[1], 1000, key="cc", n=100, only=["fid"])
+    assert [made["key"] for made in load_comparable(paths)] == ["bb", "cc"]
+
+
+def test_kinds_that_all_runs_have_are_ranked_once_for_all_of_them(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / name, {"seed": seed}, quality=False) for seed, name in enumerate("xy")]
+    put(paths[0], 1000, key="aa")
+    put(paths[0], 1001, key="bb", n=100, only=["fid", "downstream"])
+    put(paths[1], 1002, key="cc", only=["fid"])
+    put(paths[1], 1003, key="dd", n=100, only=["fid", "downstream"])
+    # Three and one metrics against two and two: equal, so the kind that was measured last, in both runs.
+    assert [made["key"] for made in load_comparable(paths)] == ["bb", "dd"]
 
 
 def test_another_test_set_or_classifier_parts_also_accuracies(runs: dict[str, RunDirectory]) -> None:

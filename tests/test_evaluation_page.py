@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluated_runs import HOSTILE, add_evaluation, evaluation, make_run
+from evaluated_runs import HOSTILE, add_evaluation, evaluation, figure, make_run
 
 from server.charts import Line, Point, confusion, curves, points
 from server.evaluation_page import METRIC_WORDS, evaluation_sections
@@ -190,13 +190,40 @@ def test_a_report_without_evaluations_has_no_section_of_them(tmp_path: Path) -> 
 # ---- which evaluation
 
 
-def test_the_newest_complete_evaluation_is_read(tmp_path: Path) -> None:
+def test_of_evaluations_that_measured_as_much_the_newest_complete_one_is_read(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a")
     for place, key in enumerate(("cc", "aa", "bb")):
         file = add_evaluation(path, evaluation(key=key)) / "evaluation.json"
         os.utime(file, (1000 + place, 1000 + place))
     add_evaluation(path, evaluation(key="dd"), whole=False)
     assert load_evaluation(path)["key"] == "bb"
+
+
+def test_a_quick_evaluation_does_not_hide_a_full_one_and_is_named(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", {"privacy.name": "none"}, quality=False)
+    quick = evaluation(key="bb", n=100)
+    quick["metrics"] = {"fid": quick["metrics"]["fid"]}
+    for place, made in enumerate((evaluation(key="aa"), quick, evaluation(key="cc"))):
+        file = add_evaluation(path, made) / "evaluation.json"
+        os.utime(file, (1000 + place, 1000 + place))
+    file.write_text("{")
+    assert load_evaluation(path)["key"] == "aa"
+    words = check_page(report_html(RunDirectory.open(path))).text
+    assert "Further evaluations of this run are left aside here" in words
+    assert "bb: 1 metric, 100 pictures, against public shapes, features by local 3f9a01c2" in words
+    assert f"cc: {file} is damaged" in words
+
+
+def test_pictures_of_an_evaluation_elsewhere_come_from_its_folder(tmp_path: Path) -> None:
+    # A hostile review: with `evaluate --out DIR --html FILE` every picture was missing.
+    path = make_run(tmp_path / "a", {"privacy.name": "none"}, quality=False)
+    folder = add_evaluation(path, evaluation()).rename(tmp_path / "elsewhere")
+    rundir = RunDirectory.open(path)
+    assert f"best {HOSTILE}" not in check_page(report_html(rundir, evaluation())).alternatives
+    shown = check_page(report_html(rundir, evaluation(), folder))
+    assert f"best {HOSTILE}" in shown.alternatives
+    assert "../../../prompts.txt (“worst”) is missing" in shown.text
+    assert gallery_bytes(path, evaluation(), "../a/sheet.png", folder) is None
 
 
 def test_a_run_without_evaluation_is_answered_with_the_command_that_makes_one(tmp_path: Path) -> None:
@@ -225,6 +252,16 @@ DAMAGED = {
     "no metrics": without(evaluation(), "metrics"),
     "metrics are a list": {**evaluation(), "metrics": []},
     "figure without value": {**evaluation(), "metrics": {"fid": {"figures": [{"name": "fid"}]}}},
+    "n is a word": {**evaluation(), "n": "many"},
+    "n is true": {**evaluation(), "n": True},
+    "privacy is a list": {**evaluation(), "privacy": []},
+    "conversions are a number": {**evaluation(), "conversions": 5},
+    "versions are a list": {**evaluation(), "versions": ["torch"]},
+    "parts are a list": {**evaluation(), "reference": {**evaluation()["reference"], "parts": [400]}},
+    "a part is a word": {**evaluation(), "reference": {**evaluation()["reference"], "parts": {"fit": "many"}}},
+    "figure of a word": {**evaluation(), "metrics": {"fid": {"figures": [figure("fid", 1.0, 0.1) | {"n": "many"}]}}},
+    "figure of no direction": {**evaluation(), "metrics": {"fid": {"figures": [figure("a", 1, 1, better="up")]}}},
+    "notes are a number": {**evaluation(), "metrics": {"fid": {"notes": 5}}},
     "row too long": {**evaluation(), "metrics": {"fid": {"tables": [{"title": "x", "head": ["a"], "rows": [[1, 2]]}]}}},
 }
 
@@ -238,6 +275,9 @@ def test_a_damaged_evaluation_is_refused_by_name(tmp_path: Path, kind: str) -> N
         load_evaluation(path)
     with pytest.raises(RunDirectoryError):
         report_html(RunDirectory.open(path))
+    if kind not in ("cut", "other key"):
+        with pytest.raises(RunDirectoryError, match="the given evaluation"):
+            report_html(RunDirectory.open(path), DAMAGED[kind])
 
 
 # ---- tables that others add
