@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from shared.cli import Interrupted, new_app, say
+from shared.cli import Interrupted, new_app, printable, say
 from shared.errors import UsageError
 from shared.progress import StepProgress
 
@@ -116,7 +116,7 @@ def evaluate(
         from server.report import report_html
         from shared.rundir import write_whole
 
-        write_whole(html, report_html(RunDirectory.open(run), document).encode())
+        write_whole(html, report_html(RunDirectory.open(run), document, file.parent).encode())
     if as_json:
         typer.echo(json.dumps({**document, "file": str(file)}, ensure_ascii=False))
     else:
@@ -429,7 +429,7 @@ def _text(document: Mapping[str, Any], asked: Sequence[str]) -> str:
                 warned.add(figure.warning)
                 lines.append(f"    warning: {figure.warning}")
         lines += [f"    {note}" for note in found["notes"]]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)  # columns of a public set are somebody else's text
 
 
 def _number(value: float | None) -> str:

@@ -151,6 +151,30 @@ def test_the_same_command_gives_the_same_figures_and_another_seed_others(
     assert first["key"] == again["key"] != other["key"]
 
 
+def test_pictures_of_an_evaluation_that_is_kept_elsewhere_are_on_the_page(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = place / "page.html"
+    evaluated(
+        capsys, place / "runs/a", "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24",
+        "--out", place / "elsewhere", "--html", page,
+    )  # fmt: skip
+    assert "is missing, or is no picture" not in page.read_text()
+    assert page.read_text().count("data:image/png") == 2
+
+
+def test_control_characters_of_a_public_set_do_not_reach_the_terminal(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = folder_of_shapes(place / "public", 500)
+    table = reference / "captions.csv"
+    table.write_text(table.read_text().replace(",red,", ",\x1b[2Jred,"))
+    assert run(["evaluate", str(place / "runs/a"), "--reference", str(reference), "--n", "12", "--metrics",
+                "caption-accuracy"]) == 0  # fmt: skip
+    found = capsys.readouterr()
+    assert "\x1b" not in found.out
+
+
 def test_what_cannot_be_measured_says_why_and_is_not_a_number(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = place / "public.npz"  # whose captions are no prompts of the model
     found = evaluated(capsys, place / "runs/a", "--reference", reference, "--metrics", "caption-accuracy,clip-score")
