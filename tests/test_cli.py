@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared import errors
-from shared.cli import COMMANDS, Interrupted, run
+from shared.cli import COMMANDS, Interrupted, printable, run
 from shared.errors import FedCanvasError
 
 HEAVY = ("torch", "flwr", "ray", "pydantic", "numpy", "matplotlib", "opacus", "transformers", "cv2")
@@ -44,6 +44,10 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stderr == "0 []\n"
+
+
+def test_a_printable_line_holds_nothing_that_moves_a_cursor() -> None:
+    assert printable("red 红 é “x” \x1b[2J\r\n\t\x9b\u202e") == "red 红 é “x” �[2J�����"
 
 
 def test_version_is_the_release(capsys: pytest.CaptureFixture[str]) -> None:

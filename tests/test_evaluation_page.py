@@ -182,6 +182,10 @@ def test_figures_of_other_weights_are_marked(tmp_path: Path) -> None:
         assert ("of other weights" in said) is expected
 
 
+def test_a_report_says_that_ledgers_add_up_runs_and_that_it_shows_one(page: str) -> None:
+    assert "each site's own ledger adds up its runs, this report shows this run alone." in Page(page).text
+
+
 def test_a_report_without_evaluations_has_no_section_of_them(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a", {"privacy.name": "none"}, quality=False)
     assert not re.search("How good|Quality over", report_html(RunDirectory.open(path)))
