@@ -138,13 +138,13 @@ def compare(
     after a correction for looking at many pairs (Holm). Figures against different public sets are kept apart.
     """
     from server.compare import compare_html, compare_json, compare_text
-    from server.evaluations import load_evaluation
+    from server.evaluations import load_comparable
     from shared.rundir import RunDirectory, write_whole
 
     if len(runs) < 2:
         raise UsageError("one run is nothing to compare", hint="name two or more: fedcanvas compare runs/a runs/b")
     opened = [RunDirectory.open(path) for path in runs]
-    evaluations = [load_evaluation(path) for path in runs]
+    evaluations = load_comparable(runs)
     if html is not None:
         write_whole(html, compare_html(opened, evaluations).encode())
     if as_json:
