@@ -115,6 +115,16 @@ def test_what_real_pictures_get_is_measured_once_and_kept(tmp_path: Path) -> Non
     assert found.figures[0].floor is not None
 
 
+def test_chance_is_what_telling_the_commonest_gets() -> None:
+    setting = setting_of(shapes(600), trainings=1)
+    columns = setting.public.test.attributes
+    pairs = list(zip(columns["colour"], columns["background"], strict=True))
+    figures = {figure.name: figure for figure in Downstream.prepare(setting).measure(as_pictures(shapes(100))).figures}
+    most = {name: max(columns[name].count(value) for value in columns[name]) for name in columns}
+    assert figures["cnn accuracy of colour"].chance == pytest.approx(most["colour"] / len(pairs))
+    assert figures["cnn accuracy"].chance == pytest.approx(max(pairs.count(pair) for pair in pairs) / len(pairs))
+
+
 def test_an_interval_is_never_a_point_nor_beyond_what_an_accuracy_can_be() -> None:
     setting = setting_of(shapes(600), trainings=1)
     for figure in Downstream.prepare(setting).measure(as_pictures(shapes(300, seed=9))).figures:
