@@ -35,6 +35,8 @@ FORMAT = 1
 FALSE_ALARMS = 0.05  # of any pair of one figure
 JOB = ("scenario", "data", "partition", "attribute", "alpha")  # of simulation.json: what data the sites had
 MEANS = ("caption-accuracy", "clip-score")  # a mean over pictures: how many there are decides only how sure it is
+# Their intervals hold one side fixed, or a threshold for known (docs/evaluation.md): too narrow to judge by.
+ONE_SIDED = ("prdc", "nearest")
 # Metrics, and figures of other metrics, that are shares of pictures and cannot leave [0, 1]. Density can.
 SHARES = ("caption-accuracy", "downstream", "retrieval", "precision", "recall", "coverage", "very near")
 
@@ -73,7 +75,7 @@ class Difference:
     @property
     def words(self) -> str:
         if self.p is None:
-            return f"{self.first} and {self.second}: no interval to tell them apart by"
+            return f"{self.first} and {self.second}: no interval to tell them apart by; runs of several seeds would"
         by = f"{self.difference:.3g} ± {self.reach:.2g}"
         if self.larger_than_noise:
             return f"{self.first} is {self.better} than {self.second} by {by}: larger than noise"
@@ -306,7 +308,7 @@ def _row(
             values[group.name] = [figures[place].value for place in group.places]
     means = {name: (sum(seeds) / len(seeds), _over_seeds(seeds, share=share)) for name, seeds in values.items()}
     of_runs = [
-        _by_intervals(columns[a].name, figures[a], columns[b].name, figures[b])
+        _by_intervals(columns[a].name, figures[a], columns[b].name, figures[b], whole=metric not in ONE_SIDED)
         for a, b in itertools.combinations(figures, 2)
     ]
     of_groups = [
@@ -323,10 +325,10 @@ def _over_seeds(seeds: Sequence[float], *, share: bool) -> Interval:
     return interval
 
 
-def _by_intervals(name_a: str, a: Figure, name_b: str, b: Figure) -> Difference:
+def _by_intervals(name_a: str, a: Figure, name_b: str, b: Figure, *, whole: bool) -> Difference:
     spread = math.hypot(*((f.interval.high - f.interval.low) / 2 / NORMAL_QUANTILE for f in (a, b)))
     p = None
-    if 0 < spread < math.inf and math.isfinite(a.value - b.value):
+    if whole and 0 < spread < math.inf and math.isfinite(a.value - b.value):
         p = math.erfc(abs(a.value - b.value) / spread / math.sqrt(2))  # two-sided
     return _difference(name_a, a.value, name_b, b.value, a.better, NORMAL_QUANTILE * spread, p)
 

@@ -80,6 +80,18 @@ def test_the_correction_takes_away_what_one_pair_alone_would_claim(runs: dict[st
     ]
 
 
+def test_intervals_that_hold_one_side_fixed_tell_nothing_apart(tmp_path: Path) -> None:
+    opened, evaluations = [], []
+    for name, value in (("a", 0.2), ("b", 0.8)):
+        opened.append(RunDirectory.open(make_run(tmp_path / name, {"federation.rounds": 5 if name == "a" else 6})))
+        made = evaluation()
+        made["metrics"]["prdc"] = {"figures": [figure("recall", value, 0.01)], "notes": [], "tables": []}
+        evaluations.append(made)
+    (row,) = (row for block in compare(opened, evaluations).blocks for row in block.rows if row.metric == "prdc")
+    assert [difference.larger_than_noise for difference in row.differences] == [False]
+    assert "no interval to tell them apart by" in row.differences[0].words
+
+
 def test_without_an_interval_nothing_is_told_apart(runs: dict[str, RunDirectory]) -> None:
     for reach in (math.inf, 0.0):
         evaluations = [evaluation(fid=value) for value in (10.0, 90.0)]
