@@ -22,7 +22,7 @@ from shared.errors import DataError
 from shared.fakes import FakeBank
 from shared.models import Discriminator, flat_parameters, load_flat_parameters
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
-from shared.moments import clipped_moment_sum, clipped_subject_moment_sum
+from shared.moments import MomentFeatures, clipped_moment_sum, clipped_subject_moment_sum
 from shared.optimizers import build_optimizer, set_learning_rate
 from shared.privacy.arithmetic import BLOCK
 from shared.privacy.dpsgd import clipped_gradient_sum, noised_sum
@@ -231,10 +231,11 @@ def site_moments(
         features = _features(discriminator, records.images, config=config, kind=torch.float16)
     # A record with several captions enters with their mean embedding: one vector a unit, one clip.
     captions = torch.stack([records.embeddings[list(rows)].mean(dim=0) for rows in records.caption_rows])
+    of = MomentFeatures(discriminator.feature_shape, config.warm_start.random_features)
     if records.subject_rows is None:
-        total = clipped_moment_sum(features, captions)
+        total = clipped_moment_sum(features, captions, of)
     else:
-        total = clipped_subject_moment_sum(features, captions, records.subject_rows)
+        total = clipped_subject_moment_sum(features, captions, records.subject_rows, of)
     of_moments = replace(plan, noise_multiplier=plan.warm_start_noise_multiplier or 0.0, clipping_norm=MOMENT_NORM)
     return noised_sum(total, plan=of_moments, entropy=entropy, labels=("moments",))
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.moment_matching import MomentMatching
 from shared.adversarial import UPDATE_LATTICE, build_loss, fakes_gradient, real_record_loss, take_step, to_bytes
 from shared.config import RunConfig
 from shared.fakes import FakeBank
@@ -29,7 +30,7 @@ from shared.models import (
     weights_digest,
 )
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
-from shared.moments import MomentFit, moment_size, pooled_features, unpooled_features
+from shared.moments import MomentFeatures, MomentFit, moment_size
 from shared.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from shared.privacy.plan import PrivacyPlan
 from shared.prompts import PromptPool
@@ -41,6 +42,7 @@ ACCURACY_DECAY = 0.9  # of the moving average of the accuracy on fresh fakes
 SAMPLE_ROWS = 128  # pictures drawn in one pass
 # Of the discriminator's warm start: prompts, pictures of each, and rows of a step.
 WARM_PROMPTS, WARM_VIEWS, WARM_ROWS = 128, 16, 256
+WARM_MOMENT_WEIGHT = 10.0  # against the mode-seeking term, where there is one
 WARM_WRONG_PROMPT_WEIGHT = 1.0  # captions are what the moments are about
 
 
@@ -69,6 +71,8 @@ class ServerTraining:
         self.loss = build_loss(config.discriminator)
         self.discriminator = build_discriminator(config, embedding_dim=encoder.dim)
         self.generator = build_generator(config, embedding_dim=encoder.dim)
+        self.moment_features = MomentFeatures(self.discriminator.feature_shape, config.warm_start.random_features)
+        self.matching: MomentMatching | None = None  # from the warm start on
         self.ema_generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.discriminator_optimizer = build_optimizer(self.discriminator, config.discriminator_optimizer)
         self.generator_optimizer = build_optimizer(self.generator, config.generator_optimizer)
@@ -92,37 +96,20 @@ class ServerTraining:
         sigma = self.plan.warm_start_noise_multiplier or 0.0
         plan = replace(self.plan, noise_multiplier=sigma, clipping_norm=MOMENT_NORM)
         noise_std = plan.noise_multiplier * plan.sensitivity(len(moments)) * replies**0.5
-        fit = MomentFit(
-            moments * plan.lattice, feature_shape=self.discriminator.feature_shape,
-            embedding_dim=self.encoder.dim, noise_std=noise_std,
+        fit = MomentFit.of_sum(
+            moments * plan.lattice, features=self.moment_features.size, embedding_dim=self.encoder.dim,
+            noise_std=noise_std,
         )  # fmt: skip
-        settings = self.config.training
-        views = 8  # pictures of one prompt in a step, in two independent halves
-        for step in range(self.config.warm_start.steps):
-            rng = self._rng("warm-start", step)
-            set_learning_rate(
-                self.generator_optimizer, self.config.generator_optimizer, step + 1, self.config.warm_start.steps
-            )
-            picks = self._draw_prompts(max(1, settings.generator_batch // views), rng)
-            conditioning = self.prompt_embeddings[picks]
-            latents = self._latents(len(picks) * views, rng)
-            images = self.generator(latents, conditioning.repeat_interleave(views, dim=0))
-            made = pooled_features(self.discriminator.features(images)).view(len(picks), views, -1)
-            off = made - fit.expected_features(conditioning)[:, None]
-            # The product of two independent halves is unbiased: it does not reward less variety.
-            halves = off[:, : views // 2].mean(dim=1), off[:, views // 2 :].mean(dim=1)
-            loss = (halves[0] * halves[1]).mean()
-            if settings.mode_seeking_weight:
-                half = views // 2
-                loss = loss - settings.mode_seeking_weight * _variety(
-                    made[:, :half].flatten(0, 1), made[:, half:].flatten(0, 1),
-                    *(z.flatten(0, 1) for z in latents.view(len(picks), 2, half, -1).unbind(dim=1)),
-                    cap=settings.mode_seeking_cap,
-                )  # fmt: skip
-            self._generator_step(loss)
+        self.matching = MomentMatching(self.moment_features, fit, self.prompt_embeddings)
+        steps = self.config.warm_start.steps
+        for step in range(steps):
+            set_learning_rate(self.generator_optimizer, self.config.generator_optimizer, step + 1, steps)
+            batch = self._generator_batch("warm-start", step)
+            loss = WARM_MOMENT_WEIGHT * self.matching.loss(batch.features, batch.conditioning)
+            self._generator_step(loss + self._variety_loss(batch))
         return {
             "moment_directions": float(fit.directions_kept),
-            "warm_start_loss": float(loss.detach()),
+            "warm_start_distance": self.matching.distance,
             "warm_start_discriminator_loss": self._teach_discriminator(fit),
         }
 
@@ -147,9 +134,10 @@ class ServerTraining:
                     for z, e in zip(latents.split(SAMPLE_ROWS), conditioning.split(SAMPLE_ROWS), strict=True)
                 ]
             )  # (N, h, w, c)
-            means = pooled_features(fakes).view(len(chosen), WARM_VIEWS, -1).mean(dim=1)
-            off = fit.expected_features(self.prompt_embeddings[torch.from_numpy(chosen).to(self.device)]) - means
-            reals = fakes + unpooled_features(off, fakes.shape[1:]).repeat_interleave(WARM_VIEWS, dim=0)
+            of = self.moment_features
+            means = of.averaged(fakes).view(len(chosen), WARM_VIEWS, -1).mean(dim=1)
+            expected = fit.expected_features(self.prompt_embeddings[torch.from_numpy(chosen).to(self.device)])
+            reals = fakes + of.unaveraged(expected[:, : of.pooled] - means).repeat_interleave(WARM_VIEWS, dim=0)
         # A single prompt has no other that would be wrong.
         weight = WARM_WRONG_PROMPT_WEIGHT if len(self.prompts) > 1 else 0.0
         of_records = real_record_loss(self.loss, wrong_prompt_weight=weight)
@@ -173,7 +161,7 @@ class ServerTraining:
         return float(loss.detach())
 
     def moment_size(self) -> int:
-        return moment_size(self.discriminator.feature_shape, self.encoder.dim)
+        return moment_size(self.moment_features.size, self.encoder.dim)
 
     def fake_bank(self, server_round: int) -> FakeBank:
         """Fakes for sites that take several local steps: `training.fakes` for each of them."""
@@ -252,6 +240,7 @@ class ServerTraining:
             "steps_on_rung": self.steps_on_rung,
             "credit": self.credit,
             "accuracy": self.accuracy,
+            "matching": {} if self.matching is None else self.matching.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -264,10 +253,14 @@ class ServerTraining:
         self.rung, self.generator_steps = int(state["rung"]), int(state["generator_steps"])
         self.steps_on_rung = int(state["steps_on_rung"])
         self.credit, self.accuracy = float(state["credit"]), float(state["accuracy"])
+        if state["matching"]:
+            fit = MomentFit(**state["matching"]["fit"])
+            self.matching = MomentMatching(self.moment_features, fit, self.prompt_embeddings)
+            self.matching.load_state_dict(state["matching"])
 
-    def _generator_batch(self, server_round: int, step: int) -> _FakeBatch:
+    def _generator_batch(self, when: int | str, step: int) -> _FakeBatch:
         settings = self.config.training
-        rng = self._rng("generator", server_round, step)
+        rng = self._rng("generator", when, step)
         picks = self._draw_prompts(settings.generator_batch, rng)
         if settings.mode_seeking_weight:
             half = settings.generator_batch // 2
@@ -294,14 +287,18 @@ class ServerTraining:
     def _adversarial_step(self, batch: _FakeBatch) -> float:
         settings = self.config.training
         logits = self.discriminator(batch.features[:, None], batch.conditioning[:, None])
-        loss = self.loss.generator(logits).mean()
-        if settings.mode_seeking_weight:
-            variety = _variety(
-                *batch.features.chunk(2), *batch.latents.chunk(2), cap=settings.mode_seeking_cap
-            )
-            loss = loss - settings.mode_seeking_weight * variety
+        loss = self.loss.generator(logits).mean() + self._variety_loss(batch)
+        if self.matching is not None and settings.moment_weight:
+            loss = loss + settings.moment_weight * self.matching.loss(batch.features, batch.conditioning)
         self._generator_step(loss)
         return float(loss.detach())
+
+    def _variety_loss(self, batch: _FakeBatch) -> Tensor:
+        settings = self.config.training
+        if not settings.mode_seeking_weight:
+            return torch.zeros((), device=self.device)
+        variety = _variety(*batch.features.chunk(2), *batch.latents.chunk(2), cap=settings.mode_seeking_cap)
+        return -settings.mode_seeking_weight * variety
 
     def _generator_step(self, loss: Tensor) -> None:
         parameters = [p for _, p in sorted(self.generator.named_parameters())]

@@ -165,6 +165,9 @@ class TrainingConfig(Section):
     lead_rounds: int = Field(10, ge=0, description="First rounds without generator steps: the discriminator leads.")
     mode_seeking_weight: float = Field(0.0, ge=0, le=100, description="Weight of the mode-seeking term.")
     mode_seeking_cap: float = Field(0.25, gt=0, le=10, description="Ratio beyond which it asks for no more variety.")
+    moment_weight: float = Field(
+        0.0, ge=0, le=1e6, description="Weight of the warm start's moments in every generator step; 0 = the start only."
+    )
     ema_decay: float = Field(0.998, ge=0, lt=1, description="Largest decay of the generator's moving average.")
 
 
@@ -173,6 +176,9 @@ class WarmStartConfig(Section):
 
     enabled: bool = Field(False, description="Pre-train at the server from one moment release of each site.")
     epsilon_share: float = Field(0.15, gt=0, lt=1, description="Part of target-epsilon that the release may spend.")
+    random_features: int = Field(
+        0, ge=0, le=16_384, description="Random Fourier features in the moments, beside means: what tells variety."
+    )
     steps: int = Field(100, ge=1, le=100_000, description="Generator steps on the released moments.")
     discriminator_steps: int = Field(60, ge=0, le=100_000, description="Discriminator steps on them, after those.")
 

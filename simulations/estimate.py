@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from client.training import PrivateRecords, prepare_records, site_gradient, site_update
+from client.training import PrivateRecords, prepare_records, site_gradient, site_moments, site_update
 from server.training import ServerTraining
 from shared.config import RunConfig
 from shared.data import SUBJECT_ID, ImageCaptionDataset
@@ -82,13 +82,34 @@ def _estimate(config: RunConfig, plan: PrivacyPlan, prompts: PromptPool) -> Esti
     with ThreadPoolExecutor(together) as pool:
         sites = _best_of(lambda: list(pool.map(site, range(together)))) * math.ceil(federation.sites / together)
     torch.set_num_threads(compute.server_threads)
-    # A step of the warm start, of either model, is about as long as the server's part of a round.
     at_server = _best_of(server)
     per_site = federation.published_records / federation.sites
+    if config.warm_start.enabled:
+        torch.set_num_threads(compute.site_threads)
+        began = time.monotonic()
+        moments = site_moments(
+            records, config=config, plan=plan, discriminator=copies[0], entropy=SeededEntropy(0, "try")
+        )
+        prepared += time.monotonic() - began
+        torch.set_num_threads(compute.server_threads)
     preparation = prepared / drawn * per_site * math.ceil(federation.sites / together)
     if config.warm_start.enabled:
-        preparation += (config.warm_start.steps + config.warm_start.discriminator_steps) * at_server
+        # A step of the discriminator's is shorter; there are few.
+        steps = config.warm_start.steps + config.warm_start.discriminator_steps
+        preparation += steps * _warm_step(training, moments)
     return Estimate(sites + at_server, preparation)
+
+
+def _warm_step(training: ServerTraining, moments: np.ndarray) -> float:
+    """Seconds of one generator step on the moments of one site."""
+    seconds = []
+    for steps in (1, 1 + TRIES):
+        config = training.config.replaced({"warm-start.steps": steps, "warm-start.discriminator-steps": 0})
+        fresh = ServerTraining(config, training.plan, training.prompts, training.encoder)
+        began = time.monotonic()
+        fresh.warm_start(moments, 1)
+        seconds.append(time.monotonic() - began)
+    return max(0.0, seconds[1] - seconds[0]) / TRIES
 
 
 def _made_up_records(count: int, training: ServerTraining, prompts: PromptPool) -> PrivateRecords:

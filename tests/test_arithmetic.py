@@ -20,7 +20,7 @@ from shared.config import DiscriminatorConfig, RunConfig
 from shared.errors import PrivacyError
 from shared.models import DISCRIMINATORS, Discriminator
 from shared.models.discriminator import Window
-from shared.moments import clipped_moment_sum
+from shared.moments import MomentFeatures, clipped_moment_sum
 from shared.privacy.arithmetic import (
     ARITHMETIC_SLACK,
     BLOCK,
@@ -308,13 +308,15 @@ def test_a_step_larger_than_eta_covers_is_refused(sites: int) -> None:
     assert "sampling-rate" in str(error.value.hint)
 
 
-def test_one_record_among_thousands_moves_the_moments_by_at_most_one() -> None:
+@pytest.mark.parametrize("random", [0, 200])
+def test_one_record_among_thousands_moves_the_moments_by_at_most_one(random: int) -> None:
     """All alike, so that the sum is long and a float32 sum would be wrong by more than the bound."""
     rng = torch.Generator().manual_seed(0)
     features = 30 + torch.randn(2500, 4, 4, 5, generator=rng)
     captions = torch.nn.functional.normalize(torch.ones(2500, 6) + 0.01 * torch.randn(2500, 6, generator=rng), dim=1)
-    whole = clipped_moment_sum(features, captions)
+    of = MomentFeatures((4, 4, 5), random=random)
+    whole = clipped_moment_sum(features, captions, of)
     for gone in (0, 999, 1000, 1700, 2499):
         kept = [row for row in range(2500) if row != gone]
-        moved = (whole - clipped_moment_sum(features[kept], captions[kept])).norm()
+        moved = (whole - clipped_moment_sum(features[kept], captions[kept], of)).norm()
         assert 0.99 < moved <= 1 + SHARP

@@ -44,7 +44,7 @@ from shared.fakes import FakeBank
 from shared.models import DISCRIMINATORS, build_discriminator, flat_parameters, parameter_count
 from shared.models.toy_discriminator import ToyDiscriminator
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
-from shared.moments import moment_size
+from shared.moments import MomentFeatures, moment_size
 from shared.privacy.budget import Lifetime
 from shared.privacy.entropy import SystemEntropy
 from shared.privacy.ledger import Lineage
@@ -434,10 +434,11 @@ def test_no_weights_make_one_record_move_the_answer_beyond_the_sensitivity(tmp_p
     assert max(moved.values()) > 0.99 * plan.clipping_norm, moved
 
 
-def test_one_record_moves_the_moments_by_no_more_than_they_are_charged_for(tmp_path: Path) -> None:
-    config = toy_config({**CHEAP, "warm-start.enabled": True})
+@pytest.mark.parametrize("random", [0, 100])
+def test_one_record_moves_the_moments_by_no_more_than_they_are_charged_for(tmp_path: Path, random: int) -> None:
+    config = toy_config({**CHEAP, "warm-start.enabled": True, "warm-start.random-features": random})
     asked = instruction(config, kind="moments", server_round=0)
-    length = moment_size((8, 8, 3), config.text.dim)
+    length = moment_size(MomentFeatures((8, 8, 3), random).size, config.text.dim)
     payloads = [
         unpack_envelope(Site(folder, simulated=False, entropy=Quiet()).answer(asked).envelope, length=length)[0]
         for folder in neighbours(tmp_path)

@@ -28,7 +28,7 @@ from shared.adversarial import real_record_loss
 from shared.config import RunConfig
 from shared.data import ImageCaptionDataset
 from shared.losses import LOSSES
-from shared.moments import clipped_moment_sum, clipped_subject_moment_sum
+from shared.moments import MomentFeatures, clipped_moment_sum, clipped_subject_moment_sum
 from shared.privacy.entropy import SystemEntropy
 from shared.records import RefusalCode, SiteReply
 
@@ -290,6 +290,9 @@ def slow_moments(features: np.ndarray, captions: np.ndarray, subjects: Sequence[
     return total
 
 
+MEANS, RANDOM = MomentFeatures((4, 4, 3)), MomentFeatures((4, 4, 3), 50)
+
+
 @pytest.mark.parametrize("part", [2, 1000])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_moments_of_subjects_equal_a_loop_over_single_images(
@@ -300,19 +303,23 @@ def test_moments_of_subjects_equal_a_loop_over_single_images(
     features = scale * rng.standard_normal((21, 4, 4, 3))
     captions = rng.standard_normal((21, 5)) / 5**0.5
     subjects = np.split(rng.permutation(21), [1, 3, 6, 10, 15])  # 1 to 6 images each
-    got = clipped_subject_moment_sum(torch.tensor(features), torch.tensor(captions), subjects).numpy()
+    got = clipped_subject_moment_sum(torch.tensor(features), torch.tensor(captions), subjects, MEANS).numpy()
     assert np.allclose(got, slow_moments(features, captions, subjects), atol=1e-6)
 
 
-def test_moments_of_subjects_with_one_image_are_those_of_examples() -> None:
+@pytest.mark.parametrize("of", [MEANS, RANDOM], ids=["means", "random features"])
+def test_moments_of_subjects_with_one_image_are_those_of_examples(of: MomentFeatures) -> None:
     features, captions = torch.randn(9, 4, 4, 3), torch.randn(9, 5)
     subjects = [np.array([row]) for row in range(9)]
     assert torch.allclose(
-        clipped_subject_moment_sum(features, captions, subjects), clipped_moment_sum(features, captions), atol=1e-6
+        clipped_subject_moment_sum(features, captions, subjects, of), clipped_moment_sum(features, captions, of),
+        atol=1e-6,
     )
 
 
-def test_a_whole_subject_moves_the_moments_by_at_most_one() -> None:
+@pytest.mark.parametrize("random", [0, 20])
+def test_a_whole_subject_moves_the_moments_by_at_most_one(random: int) -> None:
+    of = MomentFeatures((2, 2, 3), random)
     rng = torch.Generator().manual_seed(0)
     for scale in (1e-3, 1.0, 1e3):
         features = scale * torch.randn(60, 2, 2, 3, generator=rng)
@@ -320,17 +327,18 @@ def test_a_whole_subject_moves_the_moments_by_at_most_one() -> None:
         captions = torch.nn.functional.normalize(torch.randn(60, 4, generator=rng), dim=1)
         captions[20:40] = captions[:20]
         subjects = [np.arange(50), np.arange(50, 53), np.arange(53, 60)]
-        whole = clipped_subject_moment_sum(features, captions, subjects)
+        whole = clipped_subject_moment_sum(features, captions, subjects, of)
         for without in range(3):
             others = subjects[:without] + subjects[without + 1 :]
-            assert (whole - clipped_subject_moment_sum(features, captions, others)).norm() <= 1 + 1e-9
+            assert (whole - clipped_subject_moment_sum(features, captions, others, of)).norm() <= 1 + 1e-9
 
 
 def test_a_subject_that_is_not_finite_adds_nothing_to_the_moments() -> None:
     features, captions = torch.randn(5, 2, 2, 3), torch.randn(5, 4)
     features[3, 0, 0, 0] = float("nan")
-    got = clipped_subject_moment_sum(features, captions, [np.array([0, 3]), np.array([1, 2, 4])])
-    assert torch.equal(got, clipped_subject_moment_sum(features, captions, [np.array([1, 2, 4])]))
+    of = MomentFeatures((2, 2, 3), 20)
+    got = clipped_subject_moment_sum(features, captions, [np.array([0, 3]), np.array([1, 2, 4])], of)
+    assert torch.equal(got, clipped_subject_moment_sum(features, captions, [np.array([1, 2, 4])], of))
 
 
 def test_a_sites_moment_release_is_of_subjects() -> None:

@@ -16,13 +16,14 @@ from shared.adversarial import UPDATE_LATTICE, to_unit_range
 from shared.config import RunConfig
 from shared.data import ImageCaptionDataset
 from shared.models import build_discriminator, flat_parameters, load_flat_parameters
-from shared.moments import MomentFit, clipped_moment_sum, moment_size, pooled_features, unpooled_features
+from shared.moments import MomentFeatures, MomentFit, clipped_moment_sum, moment_size
 from shared.privacy.entropy import SeededEntropy
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.prompts import PromptPool
 from shared.text import build_encoder
 
 PROMPTS = PromptPool(("a red square", "a blue square", "a red circle", "a blue circle"))
+PLAIN, RANDOM = MomentFeatures((2, 2, 3)), MomentFeatures((2, 2, 3), random=20)
 
 
 def settings(**changes: Any) -> RunConfig:
@@ -333,7 +334,8 @@ def test_a_server_that_is_loaded_goes_on_bit_for_bit(name: str, fakes: int) -> N
     config = settings(
         **{"discriminator-optimizer.name": name, "generator-optimizer.name": name, "training.fakes": fakes,
            "training.mode-seeking-weight": 0.5, "warm-start.enabled": True, "warm-start.steps": 2,
-           "warm-start.discriminator-steps": 2, "privacy.target-epsilon": 50.0}
+           "warm-start.discriminator-steps": 2, "privacy.target-epsilon": 50.0,
+           "warm-start.random-features": 30, "training.moment-weight": 1.0}
     )  # fmt: skip
     bench = Bench(config)
     message = bench.gradient()
@@ -378,22 +380,25 @@ def test_training_without_noise_teaches_the_generator_a_colour(loss: str) -> Non
     assert_two_colours(server, captions)
 
 
-def test_one_record_moves_the_moments_by_at_most_one() -> None:
+@pytest.mark.parametrize("of", [PLAIN, RANDOM], ids=["means", "random features"])
+def test_one_record_moves_the_moments_by_at_most_one(of: MomentFeatures) -> None:
     rng = torch.Generator().manual_seed(0)
     for scale in (1e-3, 1.0, 1e3):
         features = scale * torch.randn(5, 2, 2, 3, generator=rng)
         captions = torch.nn.functional.normalize(torch.randn(5, 4, generator=rng), dim=1)
-        whole = clipped_moment_sum(features, captions)
-        assert whole.shape == (moment_size((2, 2, 3), 4),)
-        moved = (whole - clipped_moment_sum(features[1:], captions[1:])).norm()
+        whole = clipped_moment_sum(features, captions, of)
+        assert whole.shape == (moment_size(of.size, 4),)
+        moved = (whole - clipped_moment_sum(features[1:], captions[1:], of)).norm()
         assert moved <= 1 + 1e-6
 
 
-def test_a_record_that_is_not_finite_adds_nothing_to_the_moments() -> None:
+@pytest.mark.parametrize("of", [PLAIN, RANDOM], ids=["means", "random features"])
+def test_a_record_that_is_not_finite_adds_nothing_to_the_moments(of: MomentFeatures) -> None:
     features, captions = torch.randn(3, 2, 2, 3), torch.randn(3, 4)
-    clean = clipped_moment_sum(features[1:], captions[1:])
-    features[0, 0, 0, 0] = float("nan")
-    assert torch.allclose(clipped_moment_sum(features, captions), clean)
+    clean = clipped_moment_sum(features[1:], captions[1:], of)
+    for value in (float("nan"), float("inf")):
+        features[0, 0, 0, 0] = value
+        assert torch.allclose(clipped_moment_sum(features, captions, of), clean)
 
 
 def test_the_fit_of_exact_moments_is_least_squares() -> None:
@@ -402,8 +407,10 @@ def test_the_fit_of_exact_moments_is_least_squares() -> None:
     captions = rng.standard_normal((400, 4)) / 2
     features = captions @ rng.standard_normal((4, 6)) * 0.1 + rng.standard_normal(6) * 0.1
     features += 0.01 * rng.standard_normal((400, 6))
-    total = clipped_moment_sum(torch.tensor(features).view(400, 1, 1, 6), torch.tensor(captions))
-    fit = MomentFit(total.numpy(), feature_shape=(1, 1, 6), embedding_dim=4, noise_std=0.0)
+    total = clipped_moment_sum(
+        torch.tensor(features).view(400, 1, 1, 6), torch.tensor(captions), MomentFeatures((1, 1, 6))
+    )
+    fit = MomentFit.of_sum(total.numpy(), features=6, embedding_dim=4, noise_std=0.0)
     design = np.hstack([np.ones((400, 1)), captions])
     expected = design @ np.linalg.lstsq(design, features, rcond=None)[0]
     got = fit.expected_features(torch.tensor(captions, dtype=torch.float32)).numpy()
@@ -412,12 +419,12 @@ def test_the_fit_of_exact_moments_is_least_squares() -> None:
 
 @pytest.mark.parametrize("side", [7, 8])
 def test_pooled_features_go_back_to_their_cells(side: int) -> None:
-    maps = torch.randn(2, side, side, 3)
-    again = unpooled_features(pooled_features(maps), (side, side, 3))
+    maps, of = torch.randn(2, side, side, 3), MomentFeatures((side, side, 3))
+    again = of.unaveraged(of.averaged(maps))
     assert again.shape == maps.shape
     assert torch.allclose(again[:, 0, 0], maps[:, :2, :2].mean(dim=(1, 2)), atol=1e-6)
     if side == 8:  # windows do not overlap there: what went back pools to what it was
-        assert torch.allclose(pooled_features(again), pooled_features(maps), atol=1e-6)
+        assert torch.allclose(of.averaged(again), of.averaged(maps), atol=1e-6)
 
 
 def test_the_servers_warm_start_needs_only_the_message() -> None:
@@ -438,12 +445,13 @@ def test_the_servers_warm_start_needs_only_the_message() -> None:
     assert len(digests) == 1
 
 
-def test_a_warm_start_alone_teaches_both_models_a_colour() -> None:
+@pytest.mark.parametrize("random", [0, 300])
+def test_a_warm_start_alone_teaches_both_models_a_colour(random: int) -> None:
     """Once its learning rate was negative after the first step, and it left the generator worse than random."""
     captions = ("a red square", "a blue square")
     config = settings(
         **{"privacy.name": "none", "warm-start.enabled": True, "warm-start.steps": 60, "federation.sites": 1,
-           "generator-optimizer.learning-rate": 5e-3}
+           "warm-start.random-features": random, "generator-optimizer.learning-rate": 5e-3}
     )  # fmt: skip
     bench = Bench(config, data=two_colours(captions))
     server = ServerTraining(config, bench.plan, PromptPool(captions), bench.encoder)
