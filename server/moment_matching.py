@@ -46,7 +46,8 @@ class MomentMatching:
             judges = (self.off.lerp(second / (len(made) - half), new), self.off.lerp(first / half, new))
             self.off.lerp_((first + second) / len(made), new)
         self.steps += 1
-        witness = torch.cat([texts[:half] @ (self.inverse @ judges[0].t()), texts[half:] @ (self.inverse @ judges[1].t())])
+        parts = zip((texts[:half], texts[half:]), judges, strict=True)
+        witness = torch.cat([part @ (self.inverse @ judge.t()) for part, judge in parts])  # (B, F)
         return (witness * made).sum(dim=1).mean() / (FEATURE_RMS**2 * self.of.size)
 
     def state_dict(self) -> dict[str, Any]:

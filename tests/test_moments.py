@@ -102,7 +102,7 @@ def test_a_batch_does_not_ask_its_own_pictures_to_be_alike() -> None:
     assert abs(np.mean(shrink)) < 4 * error
 
 
-@pytest.mark.parametrize("random, varied", [(0, False), (200, True)])
+@pytest.mark.parametrize(("random", "varied"), [(0, False), (200, True)])
 def test_random_features_ask_for_the_variety_that_means_do_not_see(random: int, varied: bool) -> None:
     """Real pictures of one prompt are all dark or all bright; a grey one has the right mean and is wrong."""
     of = MomentFeatures((4, 4, 1), random)

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from shared.errors import DataError
 from shared.metrics import Measurement, Pictures, Table
-from shared.metrics.attributes import known_attributes
+from shared.metrics.attributes import columns_left_out, known_attributes
 from shared.metrics.figure import Figure, seeds_interval
 from shared.rundir import write_whole
 
@@ -75,13 +75,14 @@ class Downstream:
         values: attribute to its values in the test part.
         meanings: caption to the values of its attributes.
         test: labels of the test part.
-        real: accuracy of each classifier trained on the part `fit`, by figure name, and how many pictures those were.
+        left_out: notes on columns that are no attributes.
     """
 
     setting: Setting
     values: dict[str, list[str]]
     meanings: dict[str, dict[str, str]]
     test: Labels
+    left_out: list[str]
 
     @classmethod
     def prepare(cls, setting: Setting) -> Self:
@@ -101,7 +102,7 @@ class Downstream:
                 for caption in captions:
                     meanings.setdefault(caption, {name: of[place][row] for name, of in columns.items()})
         test = {name: _places(of[0], values[name]) for name, of in columns.items()}
-        return cls(setting, values, meanings, test)
+        return cls(setting, values, meanings, test, columns_left_out(parts))
 
     def measure(self, pictures: Pictures) -> Measurement:
         """Accuracy of each classifier on the test part, of all attributes at once and of each.
@@ -130,7 +131,7 @@ class Downstream:
             figures += self._figures(name, told, len(rows), seeds, pictures.seed)
             if name == "cnn":
                 tables = self._confusions(told[0], seeds[0])
-        notes = []
+        notes = list(self.left_out)
         if len(rows) < len(pictures):
             left_out = len(pictures) - len(rows)
             notes.append(f"{left_out} pictures are left out: no caption of the public set equals their prompt")
@@ -162,7 +163,7 @@ class Downstream:
                 Figure(
                     f"{name} {key}", float(of_seeds.mean()),
                     interval, "higher", n, public.test.name, len(public.test),
-                    seeds={"pictures": [picture_seed], "trainings": seeds}, floor=real.get(key),
+                    seeds={"pictures": [picture_seed], "trainings": seeds}, floor=real[key],
                     floor_n=min(n, len(public.fit)), chance=chance,
                 )
             )  # fmt: skip
@@ -185,10 +186,8 @@ class Downstream:
             except (ValueError, AttributeError):
                 pass  # damaged: made again
         setting.progress(f"training the {name} on {len(part):,} real pictures, once")
-        columns = known_attributes([part])
-        labels = {key: _places(columns[key][0], known) for key, known in self.values.items() if key in columns}
-        if set(labels) != set(self.values):
-            return {}
+        captions = [found[0] for found in part.captions]  # where no column is an attribute and captions are few
+        labels = {key: _places(part.attributes.get(key, captions), known) for key, known in self.values.items()}
         told = CLASSIFIERS[name][0](part.images, labels, setting.public.test.images, 0)
         figures = {key: float(right.mean()) for key, right in _right([told], self.test).items()}
         if path is not None:
