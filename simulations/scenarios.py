@@ -48,13 +48,13 @@ def demo() -> RunConfig:
     return RunConfig.from_table(
         {
             "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.098, "clipping-norm": 12.0},
-            "federation": {"sites": 4, "rounds": 470, "published-records": 20_000},
+            "federation": {"sites": 4, "rounds": 430, "published-records": 20_000},
             "discriminator": {"near-prompt-share": 0.25},
             "discriminator-optimizer": {"final-fraction": 0.2},
             "generator": {"width": 24},
             "generator-optimizer": {"final-fraction": 0.2},
-            "training": {"fakes": 64, "generator-batch": 96, "lead-rounds": 0},
-            "warm-start": {"enabled": True, "steps": 60},
+            "training": {"fakes": 64, "generator-batch": 96, "lead-rounds": 0, "moment-weight": 30.0},
+            "warm-start": {"enabled": True, "steps": 120, "epsilon-share": 0.3, "random-features": 2000},
         }
     )
 
@@ -88,9 +88,9 @@ def _ten_sites() -> RunConfig:
             # The moments keep pictures varied, so the ladder has nothing to mend.
             "training": {
                 "fakes": 512, "generator-steps": 3, "generator-batch": 160, "adaptive": False, "lead-rounds": 0,
-                "moment-weight": 30.0,
+                "moment-weight": 100.0,
             },
-            "warm-start": {"enabled": True, "steps": 1500, "epsilon-share": 0.5, "random-features": 5000},
+            "warm-start": {"enabled": True, "steps": 1000, "epsilon-share": 0.5, "random-features": 5000},
         }
     )
 
