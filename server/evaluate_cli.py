@@ -13,6 +13,7 @@ import math
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
     from shared.data import ImageCaptionDataset
     from shared.metrics import Setting
     from shared.metrics.extractor import Extractor
+    from shared.metrics.public_sets import Part
     from shared.rundir import GeneratorModel
 
 FEWEST_PICTURES, MOST_PICTURES = 2, 1_000_000
 DEFAULT_N = 10_000
 SAMPLE_SEED = 1  # of latents; sheets show seed 0, so that figures are about other pictures than those shown
+UNEVEN = 0.05  # part of the public pictures whose captions may be too many without a word about it
 CACHE = ".fedcanvas-reference"  # beside the runs: features and classifiers of public sets, by content
 
 
@@ -238,9 +241,9 @@ def _evaluator(
     halves = "".join(_digest_of(half) for half in clip.split("+"))
     request = Request(n, seed, trainings, extractor, _digest_of(path), clip, halves)
     folder = out or _evaluations_of(run)
+    conversions = _conversions(run, model, reference, split, n) + _unevenness(public.reference, model.prompts)
     evaluator = Evaluator(
-        model, setting, request, folder, conversions=_conversions(run, model, reference, split, n),
-        on_metric=progress.metric,
+        model, setting, request, folder, conversions=conversions, on_metric=progress.metric
     )  # fmt: skip
     return evaluator, _about(run, model)
 
@@ -281,6 +284,23 @@ def _conversions(run: Path, model: GeneratorModel, reference: Path, split: str |
             " its data would look good in distances, and `nearest` is where it would show"
         )
     return said
+
+
+def _unevenness(reference: Part, prompts: Sequence[str]) -> list[str]:
+    """A sentence where public captions are not as even as the prompts that pictures are generated for."""
+    wanted = set(prompts)
+    counts = Counter(captions[0] for captions in reference.captions if captions[0] in wanted)
+    told = sum(counts.values())
+    if told < len(reference) / 2:
+        return []  # other captions: nothing can be said
+    even = 1 / len(wanted)
+    apart = sum(abs(counts[prompt] / told - even) for prompt in wanted) / 2
+    if apart <= UNEVEN + len(wanted) ** 0.5 / told**0.5:  # as far as drawing alone may carry
+        return []
+    return [
+        f"pictures are generated evenly over {len(wanted)} prompts, but {apart:.0%} of the public pictures would need"
+        " another caption to be so even: no generator reaches the floor of a distance"
+    ]
 
 
 def _job_of(run: Path) -> dict[str, Any]:

@@ -48,13 +48,13 @@ def demo() -> RunConfig:
     return RunConfig.from_table(
         {
             "privacy": {"target-epsilon": 8.0, "delta": 1e-5, "sampling-rate": 0.098, "clipping-norm": 12.0},
-            "federation": {"sites": 4, "rounds": 430, "published-records": 20_000},
+            "federation": {"sites": 4, "rounds": 470, "published-records": 20_000},
             "discriminator": {"near-prompt-share": 0.25},
             "discriminator-optimizer": {"final-fraction": 0.2},
             "generator": {"width": 24},
             "generator-optimizer": {"final-fraction": 0.2},
             "training": {"fakes": 64, "generator-batch": 96, "lead-rounds": 0, "moment-weight": 30.0},
-            "warm-start": {"enabled": True, "steps": 120, "epsilon-share": 0.3, "random-features": 2000},
+            "warm-start": {"enabled": True, "steps": 120, "random-features": 2000},
         }
     )
 

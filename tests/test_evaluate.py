@@ -206,6 +206,20 @@ def test_fewer_pictures_than_prompts_are_said(place: Path, capsys: pytest.Captur
     assert any("5 pictures are fewer than the model's 12 prompts" in text for text in found["conversions"])
 
 
+def test_how_uneven_public_captions_are_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = dict(np.load(place / "public.npz"))
+    arrays["y_train"] = np.where(np.arange(500) < 250, 0, arrays["y_train"])  # half of them of one caption
+    np.savez(place / "uneven.npz", **arrays)
+    said = {}
+    for name in ("public", "uneven"):
+        asking = [place / "runs/a", "--reference", place / f"{name}.npz", "--metrics", "nearest", "--n", "24"]
+        said[name] = [text for text in evaluated(capsys, *asking)["conversions"] if "evenly" in text]
+    assert said["public"] == []
+    # 1/2 + 1/24 have the first caption, and 1/12 would be even.
+    [text] = said["uneven"]
+    assert 0.36 < float(text.split(", but ")[1].split("%")[0]) / 100 < 0.56
+
+
 # ---- interrupted, and gone on with
 
 

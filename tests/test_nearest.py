@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,11 +41,20 @@ def test_copies_are_very_near_and_their_neighbour_is_the_copied_picture(setting:
 
 
 def test_other_real_pictures_are_as_near_as_real_ones_are(setting: Setting) -> None:
-    floor = setting.public.floor
-    figures = {f.name: f for f in Nearest.prepare(setting).measure(Pictures(floor.images, ["x"] * len(floor))).figures}
+    judged = setting.public.floor.images[1::2]  # the other half says what is very near
+    figures = {f.name: f for f in Nearest.prepare(setting).measure(Pictures(judged, ["x"] * len(judged))).figures}
     assert figures["very near"].value == figures["very near"].floor
-    assert figures["median distance"].value == pytest.approx(1.0)
+    assert figures["very near"].floor_n == len(judged)
+    assert figures["median distance"].value == pytest.approx(1.0, abs=0.1)
     assert figures["median distance"].interval.low <= 1.0 <= figures["median distance"].interval.high
+
+
+def test_a_median_that_cannot_be_told_is_said(setting: Setting) -> None:
+    public = replace(setting.public, floor=setting.public.reference)
+    pictures = Pictures(public.floor.images, ["x"] * len(public.floor))
+    measured = Nearest.prepare(replace(setting, public=public, _kept={})).measure(pictures)
+    assert [figure.name for figure in measured.figures] == ["very near"]
+    assert any("no median distance" in note for note in measured.notes)
 
 
 def test_neighbours_are_those_of_a_slow_loop(setting: Setting) -> None:

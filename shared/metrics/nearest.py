@@ -61,26 +61,34 @@ class Nearest:
             raise DataError("features of generated pictures are not finite, so nothing is near to them")
         found, rows = _neighbours(self.index, features)
         nearest = found[:, 0]
-        very_near = float(np.quantile(self.real, RARE))
+        # What is very near, one half of the real pictures says; how many others are, the other half.
+        judges, judged = self.real[::2], self.real[1::2]
+        very_near = float(np.quantile(judges, RARE))
         typical = float(np.median(self.real))
         near = (nearest <= very_near).astype(float)
 
-        def figure(name: str, value: float, interval: Interval, better: Better, floor: float) -> Figure:
+        def figure(
+            name: str, value: float, interval: Interval, better: Better, floor: float, floor_n: int
+        ) -> Figure:
             return Figure(
                 name, value, interval, better, len(pictures), reference.name, len(reference),
-                extractor=setting.extractor.name, floor=floor, floor_n=len(self.real),
+                extractor=setting.extractor.name, floor=floor, floor_n=floor_n,
                 seeds={"pictures": [pictures.seed], "resampling": [setting.seed]},
             )  # fmt: skip
 
         ratio = float(np.median(nearest)) / typical if typical > 0 else float("nan")
         interval = mean_interval(near, seed=setting.seed)
-        figures = [figure("very near", float(near.mean()), interval, "lower", float((self.real <= very_near).mean()))]
-        if np.isfinite(ratio):
-            figures.append(figure("median distance", ratio, self._ratio_interval(nearest), "neither", 1.0))
+        floor = float((judged <= very_near).mean())
+        figures = [figure("very near", float(near.mean()), interval, "lower", floor, len(judged))]
         notes = [
-            f"very near: nearer to a public picture than {1 - RARE:.0%} of {len(self.real):,} other real pictures are;"
+            f"very near: nearer to a public picture than {1 - RARE:.0%} of {len(judges):,} other real pictures are;"
             " median distance: 1 is that of real pictures, well below 1 looks like copying or like blur",
         ]
+        if np.isfinite(ratio):
+            ratios = self._ratio_interval(nearest)
+            figures.append(figure("median distance", ratio, ratios, "neither", 1.0, len(self.real)))
+        else:
+            notes.append("no median distance: most real pictures stand in the reference set themselves")
         return Measurement(figures, galleries=[self._gallery(pictures, rows, nearest)], notes=notes)
 
     def _ratio_interval(self, nearest: np.ndarray) -> Interval:
