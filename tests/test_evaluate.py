@@ -207,14 +207,18 @@ def test_fewer_pictures_than_prompts_are_said(place: Path, capsys: pytest.Captur
 
 
 def test_how_uneven_public_captions_are_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arrays = dict(np.load(place / "public.npz"))
-    arrays["y_train"] = np.where(np.arange(500) < 250, 0, arrays["y_train"])  # half of them of one caption
-    np.savez(place / "uneven.npz", **arrays)
+    head, *lines = (folder_of_shapes(place / "even", 500) / "captions.csv").read_text().splitlines()
+    shutil.copytree(place / "even", place / "uneven")
+    for row in range(250):  # half of them get one caption
+        file, _, *attributes = lines[row].split(",")
+        lines[row] = ",".join([file, PROMPTS[0], *attributes])
+    (place / "uneven/captions.csv").write_text("\n".join([head, *lines]) + "\n")
     said = {}
-    for name in ("public", "uneven"):
-        asking = [place / "runs/a", "--reference", place / f"{name}.npz", "--metrics", "nearest", "--n", "24"]
+    for name in ("even", "uneven"):
+        asking = [place / "runs/a", "--reference", place / name, "--metrics", "nearest", "--n", "24"]
         said[name] = [text for text in evaluated(capsys, *asking)["conversions"] if "evenly" in text]
-    assert said["public"] == []
+    assert said["even"] == []
+    [text] = said["uneven"]
     # 1/2 + 1/24 have the first caption, and 1/12 would be even.
     [text] = said["uneven"]
     assert 0.36 < float(text.split(", but ")[1].split("%")[0]) / 100 < 0.56
