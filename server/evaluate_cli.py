@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from shared.data import ImageCaptionDataset
     from shared.metrics import Setting
     from shared.metrics.extractor import Extractor
-    from shared.metrics.public_sets import Part
     from shared.rundir import GeneratorModel
 
 FEWEST_PICTURES, MOST_PICTURES = 2, 1_000_000
@@ -241,7 +240,7 @@ def _evaluator(
     halves = "".join(_digest_of(half) for half in clip.split("+"))
     request = Request(n, seed, trainings, extractor, _digest_of(path), clip, halves)
     folder = out or _evaluations_of(run)
-    conversions = _conversions(run, model, reference, split, n) + _unevenness(public.reference, model.prompts)
+    conversions = _conversions(run, model, reference, split, n) + _unevenness(known.captions, model.prompts)
     evaluator = Evaluator(
         model, setting, request, folder, conversions=conversions, on_metric=progress.metric
     )  # fmt: skip
@@ -286,12 +285,12 @@ def _conversions(run: Path, model: GeneratorModel, reference: Path, split: str |
     return said
 
 
-def _unevenness(reference: Part, prompts: Sequence[str]) -> list[str]:
+def _unevenness(public: Sequence[Sequence[str]], prompts: Sequence[str]) -> list[str]:
     """A sentence where public captions are not as even as the prompts that pictures are generated for."""
     wanted = set(prompts)
-    counts = Counter(captions[0] for captions in reference.captions if captions[0] in wanted)
+    counts = Counter(captions[0] for captions in public if captions[0] in wanted)
     told = sum(counts.values())
-    if told < len(reference) / 2:
+    if told < len(public) / 2:
         return []  # other captions: nothing can be said
     even = 1 / len(wanted)
     apart = sum(abs(counts[prompt] / told - even) for prompt in wanted) / 2

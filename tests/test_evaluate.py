@@ -216,7 +216,7 @@ def test_how_uneven_public_captions_are_is_said(place: Path, capsys: pytest.Capt
     said = {}
     for name in ("even", "uneven"):
         asking = [place / "runs/a", "--reference", place / name, "--metrics", "nearest", "--n", "24"]
-        said[name] = [text for text in evaluated(capsys, *asking)["conversions"] if "evenly" in text]
+        said[name] = [text for text in evaluated(capsys, *asking)["conversions"] if "so even" in text]
     assert said["even"] == []
     [text] = said["uneven"]
     # 1/2 + 1/24 have the first caption, and 1/12 would be even.
