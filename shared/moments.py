@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.privacy.arithmetic import BLOCK
+
 # Public. Of the front end's features on natural pictures and shapes; records near this size are not clipped.
 FEATURE_RMS = 0.33
 TEXT_WEIGHT = 2.0  # rho, in units of FEATURE_RMS * sqrt(F) / sqrt(E + 1)
@@ -221,9 +223,13 @@ def _vector_factors(maps: Tensor, captions: Tensor, of: MomentFeatures, scale: f
     """f `(B, F)`, scaled, and t `(B, E + 1)`: the vectors of B records are their outer products.
 
     float64 throughout: how sums are rounded depends on the other records, and is charged (`shared.privacy.arithmetic`).
+    What is summed does not: features are made in blocks of one shape, filled up with zeros, so that no record's are
+    computed in another way because more or fewer stand beside it.
     """
-    f = of(maps.double()).cpu() / scale
-    return f, torch.cat([f.new_ones(len(f), 1), captions.double().cpu()], dim=1)
+    count = len(maps)
+    maps = torch.cat([maps, maps.new_zeros(-count % BLOCK, *maps.shape[1:])])
+    f = torch.cat([of(block.double()).cpu() for block in maps.split(BLOCK)])[:count] / scale
+    return f, torch.cat([f.new_ones(count, 1), captions.double().cpu()], dim=1)
 
 
 def _public_scales(features: int, columns: int) -> tuple[float, float]:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from server.moment_matching import MomentMatching
-from shared.moments import FEATURE_RMS, MAP_SPREAD, MomentFeatures, MomentFit, clipped_moment_sum
+from shared.moments import (
+    FEATURE_RMS,
+    MAP_SPREAD,
+    MomentFeatures,
+    MomentFit,
+    _vector_factors,
+    clipped_moment_sum,
+)
 
 TEXTS = torch.eye(3)
 
@@ -56,6 +63,17 @@ def test_frequencies_are_the_same_everywhere_and_of_no_data() -> None:
 
 
 FROZEN = [[1.0, -0.32691597, 0.04556693, 0.06325912, -0.43645434]]
+
+
+@pytest.mark.parametrize("random", [0, 300])
+def test_what_a_record_gives_does_not_depend_on_those_beside_it(random: int) -> None:
+    """Bit for bit: alone, first, last, and in blocks that are full or not."""
+    of, texts = MomentFeatures((7, 7, 22), random), torch.ones(150, 2)
+    made = maps(150, side=7, channels=22)
+    together, _ = _vector_factors(made, texts, of, 3.0)
+    for rows in ([0], [149], [5, 140], list(range(30, 150))):
+        apart, _ = _vector_factors(made[rows], texts[rows], of, 3.0)
+        assert torch.equal(apart, together[rows])
 
 
 def fit_of(reals: Tensor, texts: Tensor, of: MomentFeatures) -> MomentFit:

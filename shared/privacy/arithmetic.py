@@ -8,7 +8,8 @@ overflow or vanish. `dpsgd` is written so that two facts hold whatever the weigh
    error is added (`gram_allowance`).
 2. Sums over records are float64. Only their rounding depends on other records, and eta is a bound of it.
 
-The warm start's moments are float64 throughout and without cancellation: the same eta covers 2**24 records.
+The warm start's moments are float64 throughout and without cancellation: the same eta covers 2**24 records. Their
+features, random ones among them, are fixed functions of a record, made in blocks of one shape.
 
 Assumed: float32 and float64 of IEEE 754, sums and fused multiply-adds in any order, subnormal numbers kept or not
 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, chapter 3); no bfloat16 inside float32 products. The
