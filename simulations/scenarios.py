@@ -124,11 +124,11 @@ SCENARIOS = {
         ),
         Scenario(
             "fashion-mnist-10", "ten garments over ten sites, epsilon 10", "Fashion-MNIST as .npz (x_train, y_train,"
-            " class_names)", 9.0, _ten_sites, tuple(f"a photo of a {name}" for name in GARMENTS),
+            " class_names)", 12.0, _ten_sites, tuple(f"a photo of a {name}" for name in GARMENTS),
         ),
         Scenario(
             "mnist-10", "ten digits over ten sites, epsilon 10", "MNIST as .npz (x_train, y_train, class_names)",
-            9.0, _ten_sites, tuple(f"a photo of a {name}" for name in DIGITS),
+            12.0, _ten_sites, tuple(f"a photo of a {name}" for name in DIGITS),
         ),
         Scenario(
             "mednist-6", "six kinds of medical pictures over six sites, epsilon 10", "MedNIST unzipped: a folder with"
