@@ -24,7 +24,7 @@ from client.settings import SiteConfig
 from client.site import Site, SiteRefusal, open_site
 from shared.errors import ConfigError
 from shared.fakes import FakeBank
-from shared.moments import moment_size
+from shared.moments import MomentFeatures, moment_size
 from shared.privacy.entropy import SystemEntropy
 from shared.records import (
     HEAD_BYTES,
@@ -133,7 +133,7 @@ def test_moments_are_released_for_round_zero(tmp_path: Path):
     config = toy_config({**NOT_PRIVATE, "warm-start.enabled": True})
     site = Site(make_sites(tmp_path)[0], simulated=True)
     reply = site.answer(instruction(config, kind="moments", server_round=0))
-    assert len(reply.envelope) == 8 * moment_size((8, 8, 3), config.text.dim) + HEAD_BYTES
+    assert len(reply.envelope) == 8 * moment_size(MomentFeatures((8, 8, 3)).size, config.text.dim) + HEAD_BYTES
 
 
 def test_local_steps_take_the_fakes(tmp_path: Path):
