@@ -115,7 +115,7 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario(
-            "demo", "captioned shapes over four sites, epsilon 8", "none: 20,000 shapes are made", 3.0, demo,
+            "demo", "captioned shapes over four sites, epsilon 8", "none: 20,000 shapes are made", 3.5, demo,
             shapes=20_000,
         ),
         Scenario(
