@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.moments import FEATURE_RMS, MomentFeatures, MomentFit
+from shared.moments import FEATURE_RMS, MomentFeatures, MomentFit, with_constant
 
 MEMORY = 0.9  # of the moving average
 
@@ -27,7 +27,7 @@ class MomentMatching:
 
     def __init__(self, of: MomentFeatures, fit: MomentFit, prompt_embeddings: Tensor) -> None:
         self.of, self.fit = of, fit
-        texts = _with_one(prompt_embeddings).double()
+        texts = with_constant(prompt_embeddings).double()
         # Directions that no prompt has stay out.
         inverse = torch.linalg.pinv(texts.t() @ texts / len(texts), rtol=1e-6, hermitian=True)
         self.inverse = inverse.to(prompt_embeddings)
@@ -36,7 +36,7 @@ class MomentMatching:
 
     def loss(self, maps: Tensor, conditioning: Tensor) -> Tensor:
         """Scalar, of fakes' maps `(B, h, w, c)` and their prompts' embeddings `(B, E)`; notes how far they are off."""
-        made, texts = self.of(maps), _with_one(conditioning)
+        made, texts = self.of(maps), with_constant(conditioning)
         half, new = len(made) // 2, 1 - min(MEMORY, self.steps / (self.steps + 1))
         with torch.no_grad():
             apart = made - self.fit.expected_features(conditioning)
@@ -62,7 +62,3 @@ class MomentMatching:
         """Squared discrepancy that the moving average knows of, in units of one picture's squared length."""
         each = (self.off @ self.inverse * self.off).sum()
         return float(each) / (FEATURE_RMS**2 * self.of.size)
-
-
-def _with_one(embeddings: Tensor) -> Tensor:
-    return torch.cat([embeddings.new_ones(len(embeddings), 1), embeddings], dim=1)

@@ -114,6 +114,11 @@ class _Waves:
         return (FEATURE_RMS * 2**0.5 * turns.cos()).transpose(0, 1).flatten(1)
 
 
+def with_constant(embeddings: Tensor) -> Tensor:
+    """t `(B, E + 1)` = (1, embedding) of embeddings `(B, E)`."""
+    return torch.cat([embeddings.new_ones(len(embeddings), 1), embeddings], dim=1)
+
+
 def moment_size(features: int, embedding_dim: int) -> int:
     """Length of the vector: F (E + 1) feature moments, then (E + 1)^2 text moments."""
     return (features + embedding_dim + 1) * (embedding_dim + 1)
@@ -229,7 +234,7 @@ def _vector_factors(maps: Tensor, captions: Tensor, of: MomentFeatures, scale: f
     count = len(maps)
     maps = torch.cat([maps, maps.new_zeros(-count % BLOCK, *maps.shape[1:])])
     f = torch.cat([of(block.double()).cpu() for block in maps.split(BLOCK)])[:count] / scale
-    return f, torch.cat([f.new_ones(count, 1), captions.double().cpu()], dim=1)
+    return f, with_constant(captions.double().cpu())
 
 
 def _public_scales(features: int, columns: int) -> tuple[float, float]:

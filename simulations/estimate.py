@@ -84,6 +84,7 @@ def _estimate(config: RunConfig, plan: PrivacyPlan, prompts: PromptPool) -> Esti
     torch.set_num_threads(compute.server_threads)
     at_server = _best_of(server)
     per_site = federation.published_records / federation.sites
+    warm_start = 0.0
     if config.warm_start.enabled:
         torch.set_num_threads(compute.site_threads)
         began = time.monotonic()
@@ -92,12 +93,11 @@ def _estimate(config: RunConfig, plan: PrivacyPlan, prompts: PromptPool) -> Esti
         )
         prepared += time.monotonic() - began
         torch.set_num_threads(compute.server_threads)
-    preparation = prepared / drawn * per_site * math.ceil(federation.sites / together)
-    if config.warm_start.enabled:
         # A step of the discriminator's is shorter; there are few.
         steps = config.warm_start.steps + config.warm_start.discriminator_steps
-        preparation += steps * _warm_step(training, moments)
-    return Estimate(sites + at_server, preparation)
+        warm_start = steps * _warm_step(training, moments)
+    preparation = prepared / drawn * per_site * math.ceil(federation.sites / together)
+    return Estimate(sites + at_server, preparation + warm_start)
 
 
 def _warm_step(training: ServerTraining, moments: np.ndarray) -> float:
