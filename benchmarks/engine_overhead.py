@@ -53,7 +53,8 @@ def main() -> None:
         config = demo().replaced(
             {"federation.rounds": options.rounds, "federation.published-records": options.records,
              "privacy.sampling-rate": min(1.0, 2048 / options.records), "warm-start.enabled": False,
-             "compute.checkpoint-every": options.rounds, "evaluation.every": options.rounds}
+             "training.moment-weight": 0.0, "compute.checkpoint-every": options.rounds,
+             "evaluation.every": options.rounds}
         )  # fmt: skip
         prompts = PromptPool.from_file(root / "shapes" / "prompts.txt")
         sites = _make_sites(root, config)

@@ -52,7 +52,7 @@ from shared.errors import (
     PromptError,
 )
 from shared.models import Discriminator, build_discriminator, parameter_count
-from shared.moments import MomentFeatures, moment_size
+from shared.moments import moment_features, moment_size
 from shared.optimizers import OPTIMIZERS
 from shared.privacy.budget import Price, fits, price_run
 from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
@@ -492,7 +492,7 @@ def run_summary(config: RunConfig, plan: PrivacyPlan, prompts: int, epsilon: flo
 def payload_length(instruction: RoundInstruction, public: PublicSide) -> int:
     """Entries of the reply, by public settings alone."""
     if instruction.kind == "moments":
-        of = MomentFeatures(public.discriminator.feature_shape, public.config.warm_start.random_features)
+        of = moment_features(public.config, public.discriminator.feature_shape)
         return moment_size(of.size, public.encoder.dim)
     return parameter_count(public.discriminator)
 

@@ -22,7 +22,7 @@ from shared.errors import DataError
 from shared.fakes import FakeBank
 from shared.models import Discriminator, flat_parameters, load_flat_parameters
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
-from shared.moments import MomentFeatures, clipped_moment_sum, clipped_subject_moment_sum
+from shared.moments import clipped_moment_sum, clipped_subject_moment_sum, moment_features
 from shared.optimizers import build_optimizer, set_learning_rate
 from shared.privacy.arithmetic import BLOCK
 from shared.privacy.dpsgd import clipped_gradient_sum, noised_sum
@@ -231,7 +231,7 @@ def site_moments(
         features = _features(discriminator, records.images, config=config, kind=torch.float16)
     # A record with several captions enters with their mean embedding: one vector a unit, one clip.
     captions = torch.stack([records.embeddings[list(rows)].mean(dim=0) for rows in records.caption_rows])
-    of = MomentFeatures(discriminator.feature_shape, config.warm_start.random_features)
+    of = moment_features(config, discriminator.feature_shape)
     if records.subject_rows is None:
         total = clipped_moment_sum(features, captions, of)
     else:

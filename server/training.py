@@ -30,7 +30,7 @@ from shared.models import (
     weights_digest,
 )
 from shared.moments import CLIPPING_NORM as MOMENT_NORM
-from shared.moments import MomentFeatures, MomentFit, moment_size
+from shared.moments import MomentFit, moment_features, moment_size
 from shared.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from shared.privacy.plan import PrivacyPlan
 from shared.prompts import PromptPool
@@ -71,7 +71,7 @@ class ServerTraining:
         self.loss = build_loss(config.discriminator)
         self.discriminator = build_discriminator(config, embedding_dim=encoder.dim)
         self.generator = build_generator(config, embedding_dim=encoder.dim)
-        self.moment_features = MomentFeatures(self.discriminator.feature_shape, config.warm_start.random_features)
+        self.moment_features = moment_features(config, self.discriminator.feature_shape)
         self.matching: MomentMatching | None = None  # from the warm start on
         self.ema_generator = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.discriminator_optimizer = build_optimizer(self.discriminator, config.discriminator_optimizer)

@@ -227,6 +227,11 @@ class RunConfig(Section):
             raise ValueError(
                 "privacy.sampling-rate * federation.published-records is below one record a step"
             )
+        if self.training.moment_weight and not self.warm_start.enabled:
+            raise ValueError(
+                "training.moment-weight follows the warm start's moments, and warm-start.enabled is false: set"
+                " training.moment-weight = 0 too"
+            )
         return self
 
     @property

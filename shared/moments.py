@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.config import RunConfig
 from shared.privacy.arithmetic import BLOCK
 
 # Public. Of the front end's features on natural pictures and shapes; records near this size are not clipped.
@@ -112,6 +113,11 @@ class _Waves:
         """`(groups, B, inputs)` to `(B, groups * count)`."""
         turns = torch.bmm(values, self.frequencies.to(values)) + self.phases.to(values)
         return (FEATURE_RMS * 2**0.5 * turns.cos()).transpose(0, 1).flatten(1)
+
+
+def moment_features(config: RunConfig, feature_shape: Sequence[int]) -> MomentFeatures:
+    """What the moments of a run are of; `feature_shape` is that of its discriminator's map."""
+    return MomentFeatures(feature_shape, config.warm_start.random_features)
 
 
 def with_constant(embeddings: Tensor) -> Tensor:

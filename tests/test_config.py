@@ -130,6 +130,12 @@ def test_less_than_one_expected_record_a_step_is_refused() -> None:
     assert "below one record a step" in refused(privacy={"sampling-rate": 0.9 / 20_000}).message
 
 
+def test_following_moments_that_no_warm_start_releases_is_refused() -> None:
+    settings = {"training": {"moment-weight": 1.0}}
+    assert "warm-start.enabled is false" in refused(**settings).message
+    RunConfig.from_table(table(**settings, **{"warm-start": {"enabled": True}}))
+
+
 def test_views_without_augmentation_are_refused() -> None:
     assert "data.crop" in refused(data={"views": 2}).message
     RunConfig.from_table(table(data={"views": 2, "crop": 0.1}))

@@ -35,6 +35,7 @@ FULL_LINE = [
     "plan", "--records", "3000", "--sites", "5", "--epsilon", "4", "--delta", "1e-6", "--rounds", "400",
     "--sampling-rate", "1",
 ]  # fmt: skip
+NO_MOMENTS: dict[str, Scalar] = {"warm-start.enabled": False, "training.moment-weight": 0.0}
 
 
 def full(**changes: Scalar) -> RunConfig:
@@ -170,7 +171,7 @@ def test_shapes_at_256_records_a_step_are_warned_about_as_they_failed(rounds: in
 @pytest.mark.parametrize("rounds", [400, 600])
 def test_shapes_at_1024_records_a_step_pass_as_they_learned(rounds: int) -> None:
     changes: dict[str, Scalar] = {"privacy.sampling-rate": 0.0512, "federation.rounds": rounds}
-    assert codes(outlook(demo().replaced({**changes, "warm-start.enabled": False}))) == []
+    assert codes(outlook(demo().replaced({**changes, **NO_MOMENTS}))) == []
 
 
 def test_the_range_of_rounds_ends_where_warnings_begin() -> None:
@@ -224,7 +225,7 @@ def test_a_tenth_less_than_what_is_proposed_does_not_do(name: str) -> None:
 
 
 def test_a_larger_q_is_proposed_where_it_is_enough() -> None:
-    failing = demo().replaced({"privacy.sampling-rate": 0.01, "warm-start.enabled": False})
+    failing = demo().replaced({"privacy.sampling-rate": 0.01, **NO_MOMENTS})
     [better] = better_plans(failing, rate_is_free=False, ceiling=None)
     assert better == failing.replaced({"privacy.sampling-rate": better.privacy.sampling_rate})
     plan = make_plan(better)
