@@ -108,7 +108,10 @@ def run_rounds(
             rundir.save_release(server_round, combined.total, replies=combined.replies)
             torch.set_num_threads(config.compute.server_threads)  # sites in this process had their own number
         first = server_round == WARM_START
-        figures = training.warm_start(*released) if first else training.step(*released, server_round)
+        if first:
+            figures = training.warm_start(*released, on_step=observer.on_warm_start)
+        else:
+            figures = training.step(*released, server_round)
         rundir.append_event({"server_round": server_round, **figures})
         rundir.append_timing(server_round, time.monotonic() - started)
         observer.on_round(server_round, figures)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,11 +87,14 @@ class ServerTraining:
         # Half-way between the thresholds, or the first rounds would move the ladder without any evidence.
         self.accuracy = self.middle_accuracy = (config.training.low_accuracy + config.training.high_accuracy) / 2
 
-    def warm_start(self, moments: np.ndarray, replies: int) -> dict[str, float]:
+    def warm_start(
+        self, moments: np.ndarray, replies: int, on_step: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
         """Pre-trains both models: the generator until its mean features at each prompt are the released ones.
 
         Args:
             moments: `(moment_size,)` int64, summed over `replies` sites, in units of the moment plan's lattice.
+            on_step: called after each of the generator's steps with its number and how many there are.
         """
         sigma = self.plan.warm_start_noise_multiplier or 0.0
         plan = replace(self.plan, noise_multiplier=sigma, clipping_norm=MOMENT_NORM)
@@ -107,6 +110,8 @@ class ServerTraining:
             batch = self._generator_batch("warm-start", step)
             loss = WARM_MOMENT_WEIGHT * self.matching.loss(batch.features, batch.conditioning)
             self._generator_step(loss + self._variety_loss(batch))
+            if on_step is not None:
+                on_step(step + 1, steps)
         return {
             "moment_directions": float(fit.directions_kept),
             "warm_start_distance": self.matching.distance,

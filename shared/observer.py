@@ -10,6 +10,9 @@ from typing import Protocol
 class Observer(Protocol):
     """Called from the thread that runs the rounds; a call must return soon and must not raise."""
 
+    def on_warm_start(self, step: int, steps: int) -> None:
+        """After each of the generator's steps on the released moments."""
+
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         """After each round (0: the warm start) with the figures that stand in events.jsonl."""
 
@@ -22,6 +25,9 @@ class Observer(Protocol):
 
 class SilentObserver:
     """Watches and says nothing."""
+
+    def on_warm_start(self, step: int, steps: int) -> None:
+        pass
 
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         pass

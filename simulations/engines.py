@@ -243,6 +243,9 @@ class _Reports:
         self._pipe.write(json.dumps([name, *values]) + "\n")
         self._pipe.flush()
 
+    def on_warm_start(self, step: int, steps: int) -> None:
+        self.send("on_warm_start", step, steps)
+
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         self.send("on_round", server_round, dict(figures))
 

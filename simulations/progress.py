@@ -27,7 +27,7 @@ class RunProgress:
     def __init__(self, total_rounds: int, *, done: int = 0, terminal: bool | None = None) -> None:
         self.total, self.done = total_rounds, done
         self.seconds: float | None = None  # of a round, a moving average
-        self._since = self._told = time.monotonic()
+        self._since = self._warm_since = self._told = time.monotonic()
         self._bar = None
         if sys.stderr.isatty() if terminal is None else terminal:
             self._bar = _bar()
@@ -43,6 +43,18 @@ class RunProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def on_warm_start(self, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if step == 1:  # it began with the sites' moments, which take another time
+            self._warm_since = now
+            return
+        left = f"{duration((now - self._warm_since) / (step - 1) * (steps - step))} left of it"
+        if self._bar is not None:
+            self._bar.update(self._task, left=left, figure=f"warm start {step}/{steps}")
+        elif now - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = now
+            say(f"warm start {step}/{steps}, {left}")
 
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()

@@ -35,7 +35,11 @@ class Watcher(SilentObserver):
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.rounds: list[int] = []
+        self.warm_steps: list[tuple[int, int]] = []
         self.stop_after = stop_after
+
+    def on_warm_start(self, step: int, steps: int) -> None:
+        self.warm_steps.append((step, steps))
 
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         self.rounds.append(server_round)
@@ -85,6 +89,7 @@ def test_the_warm_start_comes_first_and_takes_no_steps(site_dirs: list[Path], tm
     config, watcher = toy_config({"warm-start.enabled": True, "warm-start.steps": 3}), Watcher()
     run(tmp_path / "run", config, site_dirs, watcher)
     assert watcher.rounds == [0, 1, 2, 3, 4]
+    assert watcher.warm_steps == [(1, 3), (2, 3), (3, 3)]
     assert charges(tmp_path / "run")[:2] == [(0, 1, 0), (1, 1, 1)]
 
 

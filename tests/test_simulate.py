@@ -560,6 +560,19 @@ def test_a_log_gets_a_line_now_and_then_and_not_one_a_round(capsys: pytest.Captu
     assert [line.split(",")[0] for line in lines] == ["round 1/100", "round 100/100"]
 
 
+def test_a_long_warm_start_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 5))  # a step takes five seconds
+    monkeypatch.setattr("simulations.progress.time.monotonic", lambda: float(next(clock)))
+    with RunProgress(100, terminal=False) as progress:
+        for step in range(1, 11):
+            progress.on_warm_start(step, 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "warm start 4/10, 30 s left of it", "warm start 8/10, 10 s left of it",
+    ]  # fmt: skip
+
+
 def test_a_terminal_gets_a_bar_with_the_remaining_time(capsys: pytest.CaptureFixture[str]) -> None:
     with RunProgress(3, terminal=True) as progress:
         for server_round in (1, 2, 3):
