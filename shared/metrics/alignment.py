@@ -28,14 +28,8 @@ ROWS = 1024  # pictures that are compared with all texts at once
 
 
 @dataclass(frozen=True, eq=False)
-class ClipScore:
-    """The mean of `100 * max(cos(picture, prompt), 0)`: 0 is unrelated, 100 the same direction.
-
-    CLIP's own cosines of matching pairs lie near 0.3, so scores near 30 are usual there and are no share of anything.
-    Hessel et al. define `w * max(cos, 0)` with w = 2.5: that is this score times 0.025. Chance is the mean over all
-    ways to give each picture another of the prompts.
-    Source: Hessel et al. 2021, "CLIPScore", https://arxiv.org/abs/2104.08718; the factor of 100 as in torchmetrics.
-    """
+class _Alignment:
+    """What both metrics are of: a model that embeds texts and pictures, and the floor's pictures in it."""
 
     setting: Setting
     encoder: DualEncoder
@@ -46,6 +40,16 @@ class ClipScore:
         """Raises `DataError` when no model was named or it cannot be had."""
         encoder = dual_encoder(setting)
         return cls(setting, encoder, embedded(setting, setting.public.floor))
+
+
+class ClipScore(_Alignment):
+    """The mean of `100 * max(cos(picture, prompt), 0)`: 0 is unrelated, 100 the same direction.
+
+    CLIP's own cosines of matching pairs lie near 0.3, so scores near 30 are usual there and are no share of anything.
+    Hessel et al. define `w * max(cos, 0)` with w = 2.5: that is this score times 0.025. Chance is the mean over all
+    ways to give each picture another of the prompts.
+    Source: Hessel et al. 2021, "CLIPScore", https://arxiv.org/abs/2104.08718; the factor of 100 as in torchmetrics.
+    """
 
     def measure(self, pictures: Pictures) -> Measurement:
         found = embedded(self.setting, pictures)
@@ -85,8 +89,7 @@ class ClipScore:
         return "this model cannot tell the captions of real pictures from other captions: the score says nothing here"
 
 
-@dataclass(frozen=True, eq=False)
-class Retrieval:
+class Retrieval(_Alignment):
     """Recall at k: how often the text of a picture is among the k nearest texts, and a picture of a text likewise.
 
     Image to text: each picture ranks the P different prompts. Text to image: each prompt ranks P pictures, one of each
@@ -96,16 +99,6 @@ class Retrieval:
     Real pictures are ranked among as many captions as there are prompts where the public set has them, the prompts
     themselves first. Source of the protocol: Karpathy & Fei-Fei 2015, https://arxiv.org/abs/1412.2306.
     """
-
-    setting: Setting
-    encoder: DualEncoder
-    real: Embedded
-
-    @classmethod
-    def prepare(cls, setting: Setting) -> Self:
-        """Raises `DataError` when no model was named or it cannot be had."""
-        encoder = dual_encoder(setting)
-        return cls(setting, encoder, embedded(setting, setting.public.floor))
 
     def measure(self, pictures: Pictures) -> Measurement:
         """Raises `DataError` when the pictures have only one prompt."""
