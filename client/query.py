@@ -8,8 +8,9 @@ are enough units to say) is computed from the two noised numbers.
 
     admit      policy, place in the ledger, price, ceiling; no record is read before this
     open       records and the predictor, which is tried on pictures of noise; if that fails, nothing is charged
-    reserve    the answer as a run of its own, `query-<16 digits of the question's digest>`, in every ledger of the
-    charge     records, on disk, before a record is judged
+    reserve    admitted again, with the ledgers locked; the answer is a run of its own, `query-<16 digits of the
+    charge     question's digest>`, in every ledger of the records, on disk, before a record is judged
+    judge      without the lock: a round of a federation need not wait for a time that depends on the records
     commit     the reply is kept, noted in the ledger, and only then handed over
 
 Which records count is decided row by row: one without a value in the column adds nothing, and so does one on which the
@@ -54,6 +55,7 @@ FORMAT = "query 1"  # of the digest: what is asked, and how it is answered
 RUN_DIGITS = 16
 LARGEST_VECTOR = 1.0  # |(right, wrong)| of one unit: right + wrong = 1, both at least 0
 CLEARLY = 5.0  # standard deviations of its noise that the noised number of units must reach
+PRICE_ROUNDING = 1e-3  # by which a price may lie above the epsilon that was asked for, at the same delta
 NORMAL_QUANTILE = 1.959964  # of the standard normal distribution, at 0.975
 
 
@@ -114,37 +116,49 @@ def open_for_questions(site_dir: Path) -> Site:
 
 def answer(site: Site, question: Question) -> Answer:
     """See `shared.private_data.ask_site`."""
-    account = site.account
+    account, opened = site.account, None
+    account.ledger.refresh()
+    if _admit(site, question).envelope is None:
+        _check_predictor(question)  # trains it: minutes, perhaps
+        opened = _open_units(site, question)
     with account.locked():
         admitted = _admit(site, question)
         asked, plan = admitted.asked, admitted.terms.plan
         if admitted.envelope is not None:
-            run = account.ledger.runs[asked.run_id]
-            payload, head = unpack_envelope(admitted.envelope, length=QUERY_LENGTH)
-            reply = _leave(site, QueryRelease(asked.run_id, payload, head))
-            account.ledger.resend(
-                asked.run_id, server_round=0, size=len(reply.envelope), sha256=_sha256(reply.envelope)
-            )
-            site.log(f"run {asked.run_id}: the same question again, the same answer, uncharged")
-            return _read(site, run, reply, charged=False)
-        _check_predictor(question)
-        dataset, units = _open_units(site, question)
+            return _the_same_again(site, asked, admitted.envelope)
+        dataset, units = opened or _open_units(site, question)
         run = account.reserve(admitted.terms, admitted.prices, admitted.lifetimes)
         charge = account.charge(
             run.terms, asked, release="query", steps=0,
             nonce=site.entropy.rng("head", asked.run_id, run.charges).bytes(16), again=site.entropy.simulated,
         )  # fmt: skip
-        total = right_and_wrong(dataset, units, question)
-        # Seeded noise is that of the question: asked again, a simulated site answers with the same bytes.
-        payload = noised_sum(torch.from_numpy(total), plan=plan, entropy=site.entropy, labels=("query", asked.digest))
-        reply = _leave(site, QueryRelease(asked.run_id, payload, charge.head))
+    total = right_and_wrong(dataset, units, question)
+    # Seeded noise is that of the question: asked again, a simulated site answers with the same bytes.
+    payload = noised_sum(torch.from_numpy(total), plan=plan, entropy=site.entropy, labels=("query", asked.digest))
+    reply = _leave(site, QueryRelease(asked.run_id, payload, charge.head))
+    with account.locked():
+        if (closed := account.ledger.runs[asked.run_id].closed) is not None:
+            raise BudgetExhausted(
+                f"run {asked.run_id} was closed here while it was answered: {closed}",
+                hint="its epsilon is spent and nothing left the site",
+            )
         account.store_reply(asked, reply.envelope)
         account.ledger.commit(
             charge, size=len(reply.envelope), sha256=_sha256(reply.envelope),
             fields=[["payload", "int64", [QUERY_LENGTH]], ["head", "uint8", [HEAD_BYTES]]],
         )  # fmt: skip
-        site.log(f"run {asked.run_id}: a question about the records is answered, epsilon {run.price.epsilon:.4g}")
-        return _read(site, run, reply, charged=True)
+    site.log(f"run {asked.run_id}: a question about the records is answered, epsilon {run.price.epsilon:.4g}")
+    return _read(site, run, reply, charged=True)
+
+
+def _the_same_again(site: Site, asked: AskedHere, envelope: bytes) -> Answer:
+    """The kept reply, once more; the ledger is locked."""
+    ledger = site.account.ledger
+    payload, head = unpack_envelope(envelope, length=QUERY_LENGTH)
+    reply = _leave(site, QueryRelease(asked.run_id, payload, head))
+    ledger.resend(asked.run_id, server_round=0, size=len(reply.envelope), sha256=_sha256(reply.envelope))
+    site.log(f"run {asked.run_id}: the same question again, the same answer, uncharged")
+    return _read(site, ledger.runs[asked.run_id], reply, charged=False)
 
 
 # ---- whether
@@ -168,12 +182,7 @@ def _admit(site: Site, question: Question) -> Admitted:
             f"the policy of site {site.site_id} does not allow the installed code {RELEASE_CODE[:12]}",
             hint=f"when you trust this release, put its digest into `code` of {site.folder / POLICY}",
         )
-    if question.epsilon > policy.max_query_epsilon:
-        raise PrivacyError(
-            f"a question of epsilon {question.epsilon:g} is more than the policy of site {site.site_id} allows:"
-            f" {policy.max_query_epsilon:g}",
-            hint=f"whoever answers for the records sets max-query-epsilon in {site.folder / POLICY}",
-        )
+    _check_allowed(question.epsilon, site, policy)
     unit = account.ledger.lineage.unit
     lifetimes = [policy.ceiling(ledger.lineage.lifetime) for ledger in account.ledgers]
     asked, known, envelope = _place(site, question)
@@ -192,9 +201,22 @@ def _admit(site: Site, question: Question) -> Admitted:
         for account_of, lifetime in zip(account.ledgers, lifetimes, strict=True)
     ]  # fmt: skip
     if envelope is None:
+        # A Renyi filter prices at the lineage's delta, whatever delta was asked for: there it may cost more.
+        _check_allowed(prices[0].epsilon, site, policy, priced_at=prices[0].delta)
         account.check_fits(terms, prices, lifetimes)
         _check_reserved(account, asked, lifetimes[0])
     return Admitted(asked, terms, envelope, prices, lifetimes)
+
+
+def _check_allowed(epsilon: float, site: Site, policy: SitePolicy, priced_at: float | None = None) -> None:
+    if epsilon <= policy.max_query_epsilon * (1 + PRICE_ROUNDING):
+        return
+    here = f" at this lineage's delta of {priced_at:.1e}" if priced_at is not None else ""
+    raise PrivacyError(
+        f"a question of epsilon {epsilon:.4g}{here} is more than the policy of site {site.site_id} allows:"
+        f" {policy.max_query_epsilon:g}",
+        hint=f"whoever answers for the records sets max-query-epsilon in {site.folder / POLICY}",
+    )
 
 
 def _place(site: Site, question: Question) -> tuple[AskedHere, RunAccount | None, bytes | None]:

@@ -306,6 +306,15 @@ def test_a_renyi_lineage_is_charged_the_divergence_of_its_order(tmp_path: Path) 
     assert (run["epsilon"], run["delta"]) == (pytest.approx(2.0, abs=1e-6), 1e-3)
 
 
+def test_a_delta_above_a_renyi_lineage_s_own_does_not_get_more_than_the_policy_allows(tmp_path: Path) -> None:
+    (site,) = make_sites(
+        tmp_path, sizes=(200,), seed=None, policy=ASKABLE, lifetime=Lifetime(8.0, 1e-3, "renyi", 3.0)
+    )
+    with pytest.raises(PrivacyError, match=r"at this lineage's delta of 1\.0e-03 is more than the policy .* allows: 4"):
+        ask_site(site, ask(epsilon=4.0, delta=0.5))
+    assert kinds(site) == ["opened"]
+
+
 def test_beyond_the_ceiling_nothing_is_charged_and_the_hint_says_what_would_fit(site: Path) -> None:
     ask_site(site, ask(epsilon=4.0))
     ask_site(site, ask(epsilon=3.5))
@@ -500,6 +509,33 @@ def test_the_charge_is_on_disk_before_a_record_is_judged(site: Path) -> None:
 
     ask_site(site, ask(predict=predict))
     assert counts == [0] * 3 + [1] * 400  # three pictures of noise, then the records
+
+
+def test_a_round_of_a_federation_need_not_wait_while_records_are_judged(overlapping: Path, tmp_path: Path) -> None:
+    site = shutil.copytree(overlapping, tmp_path / "both") / "site-0"
+    taken: list[bool] = []
+
+    def predict(images: np.ndarray) -> Sequence[str]:
+        with SiteAccount(site, store=site / "../store", lineage="of-site-0").locked(wait_seconds=0.0):
+            taken.append(True)
+        return ["red"]
+
+    assert ask_site(site, ask(predict=predict)).charged
+    assert len(taken) == 403  # three pictures of noise, then the records
+
+
+def test_a_question_that_is_closed_while_it_is_answered_says_nothing_and_stays_spent(site: Path) -> None:
+    def predict(images: np.ndarray) -> Sequence[str]:
+        ledger = Ledger(site / "lineages/of-site-0", anchor=site / "anchor.json")
+        for run, account in ledger.runs.items():
+            if account.closed is None:
+                with ledger.locked():
+                    ledger.close(run, "on second thought")
+        return ["red"]
+
+    with pytest.raises(BudgetExhausted, match="closed here while it was answered: on second thought"):
+        ask_site(site, ask(predict=predict))
+    assert kinds(site) == ["opened", "run", "charge", "closed"]
 
 
 # ---- shared records
