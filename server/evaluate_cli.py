@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shared.rundir import GeneratorModel
 
 FEWEST_PICTURES, MOST_PICTURES = 2, 1_000_000
-DEFAULT_N = 10_000
+DEFAULT_N, DEFAULT_TRAININGS = 10_000, 3
 SAMPLE_SEED = 1  # of latents; sheets show seed 0, so that figures are about other pictures than those shown
 UNEVEN = 0.05  # part of the public pictures whose captions may be too many without a word about it
 CACHE = ".fedcanvas-reference"  # beside the runs: features and classifiers of public sets, by content
@@ -60,7 +60,9 @@ def evaluate(
         str, typer.Option(metavar="MODEL", help="For alignment: a CLIP-like model, or VIT+TEXT; by id or folder.")
     ] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of latents.")] = SAMPLE_SEED,
-    trainings: Annotated[int, typer.Option(min=1, max=100, help="Seeds of figures that depend on a training.")] = 3,
+    trainings: Annotated[
+        int, typer.Option(min=1, max=100, help="Seeds of figures that depend on a training.")
+    ] = DEFAULT_TRAININGS,
     out: Annotated[
         Path | None, typer.Option(help="Where figures are kept.  [default: evaluations in the run]", show_default=False)
     ] = None,
@@ -92,13 +94,17 @@ def evaluate(
         raise UsageError(f"{run} is a model without its run directory", hint="--html shows a run: name its folder")
     model = load_model(run)
     if charge is not None:
-        if any((test, metrics, clip, html, out, fresh)) or extractor != "local":
+        if any((test, metrics, clip, html, out, fresh)) or (extractor, trainings) != ("local", DEFAULT_TRAININGS):
             raise UsageError(
                 "--charge asks one question: how often a classifier of generated pictures names a private caption",
                 hint="of the other options it takes --n, --seed, --delta, --yes and --json",
             )
         _charged(model, reference, epsilon=charge, delta=delta, yes=yes, as_json=as_json, seed=seed, n=n)
         return
+    if delta is not None or yes:
+        raise UsageError(
+            "--delta and --yes belong to --charge", hint="public pictures cost nothing; a site's need --charge EPSILON"
+        )
     began = time.monotonic()
     with EvaluationProgress() as progress:
         evaluator, about = _evaluator(
@@ -357,7 +363,7 @@ def _command(run: Path, reference: Path, test: Path | None, **options: Any) -> s
     if test is not None:
         parts += ["--test", str(test)]
     defaults = {
-        "n": DEFAULT_N, "seed": SAMPLE_SEED, "trainings": 3, "extractor": "local", "clip": "", "metrics": "", "out": "",
+        "n": DEFAULT_N, "seed": SAMPLE_SEED, "trainings": DEFAULT_TRAININGS, "extractor": "local", "clip": "", "metrics": "", "out": "",
     }  # fmt: skip
     for name, value in options.items():
         if value != defaults[name]:
@@ -381,6 +387,8 @@ def _charged(
 
     question = question_about(model, n=n, seed=seed, epsilon=epsilon, delta=delta, progress=say)
     quote = quote_site(site_dir, question)
+    prompts = len(model.prompts)
+    chance = 1 / prompts  # of naming one of them blindly, whatever the records are; less where they hold other captions
     if quote.known:
         say(f"site {quote.site_id} has answered this question: the same answer comes again, uncharged")
     elif not yes:
@@ -389,16 +397,26 @@ def _charged(
             f" delta {quote.delta:.1e}, of epsilon {quote.epsilon_left:.3g} that is left; below about"
             f" {quote.fewest:.0f} {quote.unit}s it only says that they are too few, and costs the same"
         )
+        say(
+            f"counted is how often the model's own prompt that is named stands among a record's captions; guessing gets"
+            f" at most {chance:.3g} ({prompts} prompts), and a record with none of these prompts counts as wrong"
+        )
         if not typer.confirm("charge it?", default=False, err=True):
             raise UsageError("nothing was charged", hint="--yes charges without asking")
     answer = ask_site(site_dir, question)
     if as_json:
-        typer.echo(json.dumps(plain(asdict(answer)), ensure_ascii=False))
+        about = {
+            "pictures": n, "seed": seed, "prompts": prompts, "chance": chance,
+            "classifier": question.predictor_digest, "model": question.model_digest,
+        }  # fmt: skip
+        typer.echo(json.dumps({**plain(asdict(answer)), "question": about}, ensure_ascii=False))
         return
     if answer.value is not None and answer.low is not None and answer.high is not None:
         typer.echo(
             f"a classifier trained on {n:,} generated pictures names the caption of {answer.value:.3f} of this site's"
-            f" records (95 % interval {answer.low:.3f} to {answer.high:.3f}, noise included)"
+            f" records (95 % interval {answer.low:.3f} to {answer.high:.3f}, noise included); guessing gets at most"
+            f" {chance:.3g}; about {answer.noised_count:,.0f} {answer.unit}s, with noise; pictures of seed {seed}, model"
+            f" {question.model_digest[:8]}"
         )
     typer.echo(answer.note)
     if answer.simulated:

@@ -532,6 +532,11 @@ def test_told_to_charge_the_ledger_one_noised_figure_comes_out(
     assert abs(first["noised_count"] - 400) < 5 * 2**0.5 * first["noise_multiplier"] * 1.01
     assert 0 <= first["low"] <= first["value"] <= first["high"] <= 1
     assert "charge" in charges(site)
+    prompts = len(TOY_PROMPTS.texts)
+    assert {key: first["question"][key] for key in ("pictures", "seed", "prompts", "chance")} == {
+        "pictures": 60, "seed": 1, "prompts": prompts, "chance": 1 / prompts,
+    }  # fmt: skip
+    assert len(first["question"]["model"]) == len(first["question"]["classifier"]) == 64
     again = evaluated(capsys, *arguments)
     assert not again["charged"]
     assert again["value"] == first["value"]
@@ -539,6 +544,7 @@ def test_told_to_charge_the_ledger_one_noised_figure_comes_out(
     text = capsys.readouterr().out
     assert f"{first['value']:.3f}" in text
     assert "noise included" in text
+    assert f"guessing gets at most {1 / prompts:.3g}" in text
 
 
 def test_without_a_yes_nothing_is_charged(
@@ -547,6 +553,7 @@ def test_without_a_yes_nothing_is_charged(
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
     error = refused(capsys, asking, "--reference", site, "--charge", "2", "--n", "60")
     assert "costs each example epsilon 2" in error
+    assert "a record with none of these prompts counts as wrong" in error
     assert "nothing was charged" in error
     assert charges(site) == ["opened"]
 
@@ -560,6 +567,8 @@ def test_a_charge_above_the_policy_or_of_public_data_is_refused(
     refused(capsys, asking, "--reference", place / "public.npz", "--charge", "1", "--yes", "--n", "60")
     error = refused(capsys, asking, "--reference", site, "--charge", "1", "--yes", "--metrics", "fid")
     assert "--charge asks one question" in error
+    for stray in (["--yes"], ["--delta", "1e-6"]):
+        assert "belong to --charge" in refused(capsys, asking, "--reference", place / "public.npz", *stray)
 
 
 # ---- beside another run
