@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from shared.data import ImageCaptionDataset
     from shared.metrics import Setting
     from shared.metrics.extractor import Extractor
+    from shared.metrics.public_sets import PublicSets
     from shared.rundir import GeneratorModel
 
 FEWEST_PICTURES, MOST_PICTURES = 2, 1_000_000
@@ -234,7 +236,8 @@ def _evaluator(
     tested = _public(test, model.config, cache) if test is not None else None
     if tested is None and _has_test(reference):
         tested, split = _public(reference, model.config, cache, split="test"), "x_test"
-    public = divide(known, n=n, test=tested)
+    trained_on = _trained_on(run, model.config)
+    public = divide(known, n=n, test=tested, trained_on=trained_on or ())
 
     def build(setting: Setting) -> Extractor:
         return builder(setting, path)
@@ -246,7 +249,10 @@ def _evaluator(
     halves = "".join(_digest_of(half) for half in clip.split("+"))
     request = Request(n, seed, trainings, extractor, _digest_of(path), clip, halves)
     folder = out or _evaluations_of(run)
-    conversions = _conversions(run, model, reference, split, n) + _unevenness(known.captions, model.prompts)
+    conversions = [
+        *_conversions(model, reference, split, n), *_seen_before(known, public, trained_on, run),
+        *_unevenness(known.captions, model.prompts),
+    ]  # fmt: skip
     evaluator = Evaluator(
         model, setting, request, folder, conversions=conversions, on_metric=progress.metric
     )  # fmt: skip
@@ -271,7 +277,45 @@ def _has_test(path: Path) -> bool:
     return unseen_split(path) == "test"
 
 
-def _conversions(run: Path, model: GeneratorModel, reference: Path, split: str | None, n: int) -> list[str]:
+def _trained_on(run: Path, config: RunConfig) -> frozenset[str] | None:
+    """Pixels that the sites of a simulation trained on; none of a deployed federation, `None` where they are gone."""
+    from shared.data import open_dataset
+    from shared.metrics.public_sets import pixel_keys
+
+    keys: set[str] = set()
+    sites = Path(f"{run.resolve()}-sites", "cache")  # decoded there already; nothing of sites goes to public caches
+    with TemporaryDirectory() as temporary:
+        cache = sites if sites.is_dir() else Path(temporary)
+        for path in map(Path, _job_of(run).get("data", [])):
+            if not path.exists():
+                return None
+            progress = StepProgress(f"decoding {path.name}")
+            keys.update(pixel_keys(open_dataset(path, config=config.data, cache_dir=cache, progress=progress)))
+    return frozenset(keys)
+
+
+def _seen_before(
+    known: ImageCaptionDataset, public: PublicSets, trained_on: frozenset[str] | None, run: Path
+) -> list[str]:
+    """Sentences on public pictures that the simulated sites trained on."""
+    from shared.metrics.public_sets import pixel_keys
+
+    if trained_on is None:
+        data = ", ".join(_job_of(run)["data"])
+        return [f"what the simulated sites trained on is not at {data} any more: public pictures may be among it"]
+    said = []
+    if count := sum(key in trained_on for key in pixel_keys(known)):
+        said.append(
+            f"the simulated sites trained on {count:,} of the {len(known):,} public pictures, as is usual in the"
+            " literature; a generator that memorised its data would look good in distances, and `nearest` is where it"
+            " would show"
+        )
+    if public.left_out:
+        said.append(f"{public.left_out:,} pictures to test on are left out: the simulated sites trained on them")
+    return said
+
+
+def _conversions(model: GeneratorModel, reference: Path, split: str | None, n: int) -> list[str]:
     """What a reader must know about the public sets before any figure."""
     config = model.config.data
     kind = "grey" if config.channels == 1 else "colour"
@@ -282,12 +326,6 @@ def _conversions(run: Path, model: GeneratorModel, reference: Path, split: str |
         said.append(f"classifiers are tested on {split} of {reference.name}, all other parts come from x_train")
     if n < len(model.prompts):
         said.append(f"{n} pictures are fewer than the model's {len(model.prompts)} prompts: the last are not drawn")
-    job = _job_of(run)
-    if job and str(reference.resolve()) in job.get("data", []):
-        said.append(
-            "the simulated sites trained on x_train of this very set, as in the literature; a generator that memorised"
-            " its data would look good in distances, and `nearest` is where it would show"
-        )
     return said
 
 

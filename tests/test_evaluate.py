@@ -71,9 +71,9 @@ def write_npz(file: Path, count: int, *, test: int = 0, seed: int = 0, channels:
     np.savez(file, class_names=np.array([f"kind {place}" for place in range(len(PROMPTS))]), **made)
 
 
-def folder_of_shapes(path: Path, count: int, *, channels: int = 3) -> Path:
+def folder_of_shapes(path: Path, count: int, *, channels: int = 3, seed: int = 0) -> Path:
     """The layout of a folder, whose captions equal the prompts."""
-    data = shapes(count, channels=channels)
+    data = shapes(count, channels=channels, seed=seed)
     (path / "images").mkdir(parents=True)
     lines = ["file_name,text,colour,background"]
     for place, image in enumerate(data.images):
@@ -193,6 +193,49 @@ def test_a_test_split_of_the_file_is_what_is_tested_on(place: Path, capsys: pyte
     )
     assert found["reference"]["parts"]["test"] == 70
     assert any("tested on x_test of both.npz" in text for text in found["conversions"])
+
+
+def simulated_on(place: Path, *data: Path) -> Path:
+    """The run as a simulation on `data` leaves it."""
+    (place / "runs/a/simulation.json").write_text(json.dumps({"data": [str(path) for path in data]}))
+    return place / "runs/a"
+
+
+def test_pictures_that_simulated_sites_trained_on_are_never_tested_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = folder_of_shapes(place / "public", 500)
+    copied = shutil.copytree(trained, place / "under-another-name")
+    asking = [simulated_on(place, trained), "--reference", copied, *QUICK]
+    found = evaluated(capsys, *asking)
+    assert found["metrics"]["downstream"]["not_measured"].startswith("100 of the 100 pictures to test on")
+    assert "--test names" in found["metrics"]["downstream"]["hint"]
+    assert "figures" in found["metrics"]["caption-accuracy"]
+    assert any("trained on 500 of the 500 public pictures" in text for text in found["conversions"])
+    assert not (place / "runs/a-sites").exists()
+    others = folder_of_shapes(place / "others", 60, seed=5)
+    found = evaluated(capsys, *asking, "--test", others)
+    assert found["metrics"]["downstream"]["figures"][0]["reference_n"] == 60
+
+
+def test_some_pictures_that_simulated_sites_trained_on_are_left_out_of_the_test_and_counted(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = folder_of_shapes(place / "public", 500)
+    half = shutil.copytree(whole, place / "half")
+    lines = (whole / "captions.csv").read_text().splitlines()
+    (half / "captions.csv").write_text("\n".join(lines[:251]) + "\n")
+    found = evaluated(capsys, simulated_on(place, half), "--reference", whole, *QUICK)
+    left = found["reference"]["parts"]["test"]
+    assert 25 < left < 75  # about half of a hundred
+    assert f"{100 - left} pictures to test on are left out" in found["conversions"][-1]
+    assert found["metrics"]["downstream"]["figures"][0]["reference_n"] == left
+
+
+def test_training_pictures_that_are_gone_are_said_to_be(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    simulated = simulated_on(place, place / "moved.npz")
+    found = evaluated(capsys, simulated, "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24")
+    assert any("is not at" in text and "moved.npz" in text for text in found["conversions"])
 
 
 def test_a_model_folder_alone_is_measured_beside_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from torch.nn import functional
 from shared.errors import DataError
 from shared.metrics import Measurement, Pictures, Table
 from shared.metrics.attributes import columns_left_out, known_attributes
+from shared.metrics.public_sets import FEWEST
 from shared.metrics.figure import Figure, seeds_interval
 from shared.rundir import write_whole
 
@@ -86,8 +87,14 @@ class Downstream:
 
     @classmethod
     def prepare(cls, setting: Setting) -> Self:
-        """Raises `DataError` when the public set has no attribute with two values."""
+        """Raises `DataError` when the public set has no attribute with two values, or nothing to test on is left."""
         public = setting.public
+        if len(public.test) < FEWEST:
+            raise DataError(
+                f"{public.left_out} of the {public.left_out + len(public.test)} pictures to test on are among those that"
+                " the model was trained on",
+                hint="--test names public pictures that it has not seen",
+            )
         parts = [public.test, public.fit, public.reference, public.floor]
         columns = known_attributes(parts)
         if not columns:

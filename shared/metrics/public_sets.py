@@ -2,7 +2,7 @@
 
     fit        trains the classifier and the local extractor
     reference  what generated pictures are compared with
-    floor      real pictures in the place of generated ones: what no generator gets below
+    floor      real pictures in the place of generated ones
     test       what classifiers that were trained on generated pictures are tested on
 
 Which part a picture falls into is decided by its pixels (by its subject where the set names subjects), so a picture
@@ -13,6 +13,7 @@ Not covered: pictures that are nearly equal, and a set that is not public.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +53,17 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class PublicSets:
-    """The four parts; see the module."""
+    """The four parts; see the module.
+
+    Attributes:
+        left_out: pictures that are in no `test` part since the model was trained on them; so that may be empty.
+    """
 
     fit: Part
     reference: Part
     floor: Part
     test: Part
+    left_out: int = 0
 
     @property
     def name(self) -> str:
@@ -70,13 +76,14 @@ class PublicSets:
 
 
 def divide(
-    dataset: ImageCaptionDataset, *, n: int, test: ImageCaptionDataset | None = None, most_fit: int = MOST_FIT,
-    most_test: int = MOST_TEST,
+    dataset: ImageCaptionDataset, *, n: int, test: ImageCaptionDataset | None = None,
+    trained_on: Collection[str] = (), most_fit: int = MOST_FIT, most_test: int = MOST_TEST,
 ) -> PublicSets:  # fmt: skip
     """The parts of `dataset`; with `test`, that set is the part to test on and its pictures are in no other.
 
     Args:
         n: generated pictures that will be measured: reference and floor need no more each.
+        trained_on: `pixel_keys` of pictures that the model was trained on: they are left out of the test part.
     Raises:
         DataError: too few pictures for four parts, or another size or number of channels in `test`.
     """
@@ -90,7 +97,7 @@ def divide(
     order = sorted(range(len(keys)), key=lambda row: (keys[row], row))
     if test is not None:
         # A subject of the test set with all its pictures, and a picture of it whoever it is said to be of.
-        seen, pixels = {*_keys(test), *_pixel_keys(test)}, _pixel_keys(dataset)
+        seen, pixels = {*_keys(test), *pixel_keys(test)}, pixel_keys(dataset)
         tested = {keys[row] for row in order if keys[row] in seen or pixels[row] in seen}
         order = [row for row in order if keys[row] not in tested]
     shares = SHARES if test is None else {name: share for name, share in SHARES.items() if name != "test"}
@@ -114,7 +121,11 @@ def divide(
             f" measuring models, to compare with, to test on): {', '.join(short)} would have fewer than {FEWEST}",
             hint="name a larger public set; a hundred pictures are the least that says anything",
         )
-    return PublicSets(**parts)
+    whole = parts["test"]
+    fresh = [row for row, key in enumerate(_pixel_keys(whole.images)) if key not in trained_on]
+    if len(fresh) < len(whole):
+        parts["test"] = _part(whole.name, whole, np.array(fresh, np.int64))
+    return PublicSets(**parts, left_out=len(whole) - len(fresh))
 
 
 def _by_share(keys: list[str], shares: dict[str, float]) -> dict[str, list[int]]:
@@ -143,12 +154,17 @@ def _keys(dataset: ImageCaptionDataset) -> list[str]:
     subjects = dataset.attributes.get(SUBJECT_ID) or [""] * len(dataset)
     return [
         hashlib.sha256(f"subject {subject}".encode()).hexdigest() if subject else pixels
-        for subject, pixels in zip(subjects, _pixel_keys(dataset), strict=True)
+        for subject, pixels in zip(subjects, pixel_keys(dataset), strict=True)
     ]
 
 
-def _pixel_keys(dataset: ImageCaptionDataset) -> list[str]:
-    return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in dataset.images]
+def pixel_keys(dataset: ImageCaptionDataset) -> list[str]:
+    """Of each picture the SHA-256 of its pixels as they are prepared, 64 hex digits."""
+    return _pixel_keys(dataset.images)
+
+
+def _pixel_keys(images: np.ndarray) -> list[str]:
+    return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images]
 
 
 def _part(name: str, source: ImageCaptionDataset | Part, rows: np.ndarray) -> Part:
