@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from shared.cli import Interrupted, new_app, printable, say
-from shared.errors import UsageError
+from shared.errors import DataError, UsageError
 from shared.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def evaluate(
         METRICS.get(name)  # an unknown one is said before anything is drawn
     if html is not None and not RunDirectory.exists(run):
         raise UsageError(f"{run} is a model without its run directory", hint="--html shows a run: name its folder")
-    model = load_model(run)
+    model, run = load_model(run), _run_of(run)
     if charge is not None:
         if any((test, metrics, clip, html, out, fresh)) or (extractor, trainings) != ("local", DEFAULT_TRAININGS):
             raise UsageError(
@@ -113,14 +113,17 @@ def evaluate(
             run, model, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip, out=out,
             progress=progress,
         )  # fmt: skip
-        command = _command(
-            run, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip,
-            metrics=metrics or "", out=str(out or ""),
-        )  # fmt: skip
+
+        def command(measured: Sequence[str]) -> str:
+            return _command(
+                run, reference, test, n=n, seed=seed, trainings=trainings, extractor=extractor, clip=clip,
+                metrics="" if set(measured) == set(METRICS.names()) else ",".join(measured), out=str(out or ""),
+            )  # fmt: skip
+
         try:
             file = evaluator.run(names, command=command, about=about, fresh=fresh)
         except KeyboardInterrupt:
-            raise Interrupted("what was measured so far is kept", command) from None
+            raise Interrupted("what was measured so far is kept", command(names)) from None
     document = json.loads(file.read_text(encoding="utf-8"))
     if html is not None:
         from server.report import report_html
@@ -134,6 +137,8 @@ def evaluate(
         typer.echo(f"\nfigures  {file}   ({time.monotonic() - began:.0f} s)")
         if html is not None:
             typer.echo(f"report   {html}: open it in a browser")
+    if not any("figures" in document["metrics"][name] for name in names):
+        raise DataError("none of the metrics could be measured", hint="the reasons stand above, each with what to do")
 
 
 @new_app
@@ -227,6 +232,7 @@ def _evaluator(
 ) -> tuple[Evaluator, dict[str, Any]]:  # fmt: skip
     from server.evaluator import Evaluator, Request
     from shared.metrics import Setting
+    from shared.metrics.dual_encoder import halves_of
     from shared.metrics.extractor import named
     from shared.metrics.public_sets import divide
 
@@ -246,7 +252,7 @@ def _evaluator(
         public, build, dual_encoder=clip, seed=0, trainings=trainings, cache_dir=cache, progress=progress.line,
         step=progress.step,
     )  # fmt: skip
-    halves = "".join(_digest_of(half) for half in clip.split("+"))
+    halves = "".join(_digest_of(half) for half in halves_of(clip) or (clip,))
     request = Request(n, seed, trainings, extractor, _digest_of(path), clip, halves)
     folder = out or _evaluations_of(run)
     conversions = [
@@ -375,12 +381,20 @@ def _cache_of(run: Path) -> Path:
     return run.resolve().parent / CACHE
 
 
+def _run_of(path: Path) -> Path:
+    """The run whose model folder was named, where it lies in one: figures belong to the run."""
+    from shared.rundir import RunDirectory
+
+    folder = path.resolve()
+    return folder.parent if folder.name == "model" and RunDirectory.exists(folder.parent) else path
+
+
 def _evaluations_of(run: Path) -> Path:
     from shared.rundir import RunDirectory
 
     if RunDirectory.exists(run):
         return run / "evaluations"
-    return run.with_name(f"{run.resolve().name}-evaluations")
+    return Path(f"{run.resolve()}-evaluations")
 
 
 def _digest_of(path: str) -> str:
@@ -401,7 +415,8 @@ def _command(run: Path, reference: Path, test: Path | None, **options: Any) -> s
     if test is not None:
         parts += ["--test", str(test)]
     defaults = {
-        "n": DEFAULT_N, "seed": SAMPLE_SEED, "trainings": DEFAULT_TRAININGS, "extractor": "local", "clip": "", "metrics": "", "out": "",
+        "n": DEFAULT_N, "seed": SAMPLE_SEED, "trainings": DEFAULT_TRAININGS, "extractor": "local", "clip": "",
+        "metrics": "", "out": "",
     }  # fmt: skip
     for name, value in options.items():
         if value != defaults[name]:
@@ -453,8 +468,8 @@ def _charged(
         typer.echo(
             f"a classifier trained on {n:,} generated pictures names the caption of {answer.value:.3f} of this site's"
             f" records (95 % interval {answer.low:.3f} to {answer.high:.3f}, noise included); guessing gets at most"
-            f" {chance:.3g}; about {answer.noised_count:,.0f} {answer.unit}s, with noise; pictures of seed {seed}, model"
-            f" {question.model_digest[:8]}"
+            f" {chance:.3g}; about {answer.noised_count:,.0f} {answer.unit}s, with noise; pictures of seed {seed},"
+            f" model {question.model_digest[:8]}"
         )
     typer.echo(answer.note)
     if answer.simulated:

@@ -4,8 +4,9 @@
     RUN/evaluations/<key>/<metric>-*.png     pictures of it
     RUN/evaluations/<key>/evaluation.json    all of them; written last
 
-The key is of everything that decides the figures (weights, public sets, extractor, number of pictures, seed), so two
-evaluations are never mixed. A metric that cannot run leaves its reason in its place, never a number.
+The key is of everything that decides the figures (weights, public sets, extractor, number of pictures, seed, versions
+of what measures), so two evaluations are never mixed. A model of a hub counts by its id: what its owner changes there
+shows with `--fresh`. A metric that cannot run leaves its reason in its place, never a number.
 Not here: private data (`shared.private_data`), and pages (`server.report`).
 """
 
@@ -28,10 +29,17 @@ from shared.errors import FedCanvasError
 from shared.metrics import METRICS, Gallery, Measurement, Pictures, Setting, Table
 from shared.metrics.attributes import VERSION as CLASSIFIER_VERSION
 from shared.metrics.downstream import VERSION as DOWNSTREAM_VERSION
+from shared.metrics.dual_encoder import VERSION as DUAL_ENCODER_VERSION
+from shared.metrics.inception import VERSION as INCEPTION_VERSION
+from shared.metrics.vision_model import VERSION as VISION_VERSION
 from shared.rundir import GeneratorModel, current_versions, take_lock, to_json, write_whole
 
 FORMAT = 1
-MEASURING_VERSIONS = (CLASSIFIER_VERSION, DOWNSTREAM_VERSION)  # other weights, other figures
+FIGURES_VERSION = 2  # of how metrics make figures of what these see: a change of any figure needs another
+LIBRARIES = ("torch", "numpy", "opencv-python-headless", "torch-fidelity", "scikit-learn", "scipy", "transformers")
+MEASURING_VERSIONS = (
+    FIGURES_VERSION, CLASSIFIER_VERSION, DOWNSTREAM_VERSION, INCEPTION_VERSION, VISION_VERSION, DUAL_ENCODER_VERSION,
+)  # fmt: skip
 CLASS_PICTURES, FEW_PICTURES = 12, 4  # of each prompt on the sheet; the fewer where there are many prompts
 MANY_PROMPTS = 20
 MOST_PROMPTS = 100  # with a sheet of their own
@@ -83,12 +91,15 @@ class Evaluator:
         )  # fmt: skip
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
-    def run(self, names: Sequence[str], *, command: str, about: Mapping[str, Any], fresh: bool = False) -> Path:
+    def run(
+        self, names: Sequence[str], *, command: Callable[[Sequence[str]], str], about: Mapping[str, Any],
+        fresh: bool = False,
+    ) -> Path:  # fmt: skip
         """Measures what is not there yet; `evaluation.json` then holds every metric that was ever measured for it.
 
         Args:
             names: metrics, in the order in which they are measured.
-            command: what a person types to get these figures again.
+            command: of the metrics that the file holds, what a person types to get them again.
             about: of the run, such as its privacy.
             fresh: measure also what is there.
         Returns:
@@ -119,10 +130,11 @@ class Evaluator:
                     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
                     found = {"not_measured": reason, "hint": f"the whole of it stands in {place / name}.log"}
                 found["seconds"] = round(time.monotonic() - started, 2)
+                found["versions"] = current_versions(LIBRARIES)
                 write_whole(place / f"{name}.json", to_json(found))
                 done[name] = found
             shown = {name: done[name] for name in METRICS.names() if name in done}
-            return write_whole(place / "evaluation.json", to_json(self._document(shown, command, about)))
+            return write_whole(place / "evaluation.json", to_json(self._document(shown, command(list(shown)), about)))
 
     def _draw(self, place: Path) -> Pictures:
         """The pictures that all metrics measure; a sheet of the first of each prompt is kept."""
@@ -153,7 +165,12 @@ class Evaluator:
         return as_table(measured, galleries)
 
     def _document(self, metrics: Mapping[str, Any], command: str, about: Mapping[str, Any]) -> dict[str, Any]:
-        public = self.setting.public
+        public, versions = self.setting.public, current_versions(LIBRARIES)
+        # Said again only of what was measured with other libraries than these.
+        metrics = {
+            name: {key: value for key, value in found.items() if (key, value) != ("versions", versions)}
+            for name, found in metrics.items()
+        }
         parts = {name: len(getattr(public, name)) for name in ("fit", "reference", "floor", "test")}
         return {
             "format": FORMAT, "key": self.key, **about,
@@ -161,7 +178,7 @@ class Evaluator:
                           "test": public.test.name, "test_digest": public.test.digest},
             "n": self.request.n, "seed": self.request.seed, "request": asdict(self.request),
             "extractor": _extractors(metrics) or self.request.extractor, "conversions": list(self.conversions),
-            "prompts_sheet": "prompts.png", "command": command, "versions": current_versions(), "metrics": metrics,
+            "prompts_sheet": "prompts.png", "command": command, "versions": versions, "metrics": metrics,
         }  # fmt: skip
 
 

@@ -602,10 +602,10 @@ def to_json(content: Any) -> bytes:
     return (json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def current_versions() -> dict[str, str]:
+def current_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """What a run's bits depend on: this release, Python, the machine's kind, and the libraries that compute."""
     versions = {"fedcanvas": __version__, "python": platform.python_version(), "machine": platform.machine()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

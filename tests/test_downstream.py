@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,30 @@ def test_chance_is_what_telling_the_commonest_gets() -> None:
     most = {name: max(columns[name].count(value) for value in columns[name]) for name in columns}
     assert figures["cnn accuracy of colour"].chance == pytest.approx(most["colour"] / len(pairs))
     assert figures["cnn accuracy"].chance == pytest.approx(max(pairs.count(pair) for pair in pairs) / len(pairs))
+
+
+def test_where_real_pictures_are_fewer_the_figure_for_as_few_generated_ones_stands_beside() -> None:
+    setting = setting_of(shapes(300), trainings=2)
+    fit = len(setting.public.fit)
+    measured = Downstream.prepare(setting).measure(as_pictures(shapes(400, seed=9)))
+    made = as_pictures(shapes(400, seed=9))
+    fewer = Downstream.prepare(setting).measure(Pictures(made.images[:fit], made.prompts[:fit]))
+    for more, less in zip(measured.figures, fewer.figures, strict=True):
+        assert (more.n, more.floor_n, less.n, less.at_floor_n) == (400, fit, fit, None)
+        assert more.at_floor_n is not None
+        if "regression" in more.name:  # no seed decides it, only which pictures
+            assert more.at_floor_n == less.value
+
+
+def test_a_prompt_that_stands_beside_different_things_is_nobody_s_label() -> None:
+    data = shapes(600)
+    vague = [("something",) if place % 3 == 0 else captions for place, captions in enumerate(data.captions)]
+    setting = setting_of(dataclasses.replace(data, captions=vague), trainings=1)
+    real = shapes(120, seed=9)
+    prompts = ["something" if place % 4 == 0 else captions[0] for place, captions in enumerate(real.captions)]
+    measured = Downstream.prepare(setting).measure(Pictures(real.images, prompts))
+    assert measured.figures[0].n == 90
+    assert any(note.startswith("30 pictures are left out") for note in measured.notes)
 
 
 def test_an_interval_is_never_a_point_nor_beyond_what_an_accuracy_can_be() -> None:

@@ -177,13 +177,18 @@ def test_control_characters_of_a_public_set_do_not_reach_the_terminal(
 
 def test_what_cannot_be_measured_says_why_and_is_not_a_number(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = place / "public.npz"  # whose captions are no prompts of the model
-    found = evaluated(capsys, place / "runs/a", "--reference", reference, "--metrics", "caption-accuracy,clip-score")
-    for entry in found["metrics"].values():
-        assert "figures" not in entry
-        assert entry["not_measured"]
-    assert "no prompt equals a caption" in found["metrics"]["caption-accuracy"]["not_measured"]
-    assert run(["evaluate", str(place / "runs/a"), "--reference", str(reference), "--metrics", "clip-score"]) == 0
+    asking = [place / "runs/a", "--reference", reference, "--n", "24", "--metrics"]
+    found = evaluated(capsys, *asking, "caption-accuracy,clip-score,nearest")["metrics"]
+    for name in ("caption-accuracy", "clip-score"):
+        assert "figures" not in found[name]
+        assert found[name]["not_measured"]
+    assert "no prompt equals a caption" in found["caption-accuracy"]["not_measured"]
+    assert run(["evaluate", *map(str, asking), "clip-score,nearest"]) == 0
     assert "not measured: " in capsys.readouterr().out
+    assert run(["evaluate", *map(str, asking), "clip-score"]) == 4  # a script must see that there is no figure
+    shown = capsys.readouterr()
+    assert "not measured: " in shown.out
+    assert "none of the metrics could be measured" in shown.err
 
 
 def test_a_test_split_of_the_file_is_what_is_tested_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +247,23 @@ def test_a_model_folder_alone_is_measured_beside_it(place: Path, capsys: pytest.
     model = shutil.copytree(place / "runs/a/model", place / "given")
     found = evaluated(capsys, model, "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24")
     assert Path(found["file"]).parent.parent == place / "given-evaluations"
+
+
+def test_from_inside_a_model_folder_figures_and_caches_land_beside_it(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(place / "runs/a/model", place / "given"))
+    found = evaluated(capsys, ".", "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24")
+    assert Path(found["file"]).parent.parent == place / "given-evaluations"
+    assert (place / ".fedcanvas-reference").is_dir()
+
+
+def test_the_model_folder_of_a_run_is_measured_as_its_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file.name for file in (place / "runs/a").iterdir()}
+    asking = ["--reference", place / "public.npz", "--metrics", "nearest", "--n", "24"]
+    found = evaluated(capsys, place / "runs/a/model", *asking)
+    assert Path(found["file"]).parent.parent == place / "runs/a/evaluations"
+    assert {file.name for file in (place / "runs/a").iterdir()} - before == {"evaluations"}
 
 
 def test_fewer_pictures_than_prompts_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,10 +344,18 @@ def test_an_interrupted_evaluation_keeps_what_it_has_and_goes_on(
 @pytest.mark.usefixtures("_with_counting")
 def test_measuring_one_again_keeps_the_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [place / "runs/a", "--reference", place / "public.npz", "--n", "24"]
-    evaluated(capsys, *arguments, "--metrics", "nearest,zz-counting")
-    assert list(evaluated(capsys, *arguments, "--metrics", "zz-counting", "--fresh")["metrics"]) == [
-        "nearest", "zz-counting",
-    ]  # fmt: skip
+    first = evaluated(capsys, *arguments, "--metrics", "nearest,zz-counting")
+    (folder,) = (place / "runs/a/evaluations").iterdir()
+    kept = json.loads((folder / "nearest.json").read_text())
+    (folder / "nearest.json").write_text(json.dumps({**kept, "versions": {"torch": "2.0.0"}}))
+    found = evaluated(capsys, *arguments, "--metrics", "zz-counting", "--fresh")
+    assert list(found["metrics"]) == ["nearest", "zz-counting"]
+    # The command is of all that the file holds, and the versions are those that measured.
+    assert found["command"] == first["command"]
+    assert "--metrics nearest,zz-counting" in found["command"]
+    assert found["metrics"]["nearest"]["versions"] == {"torch": "2.0.0"}
+    assert "versions" not in found["metrics"]["zz-counting"]
+    assert {"torch-fidelity", "scikit-learn"} <= found["versions"].keys()
 
 
 @pytest.mark.usefixtures("_with_counting")
@@ -410,7 +440,9 @@ def test_an_extractor_that_is_none_and_an_unknown_metric_are_refused_before_anyt
     assert "unknown metric 'fidd'" in refused(capsys, *arguments, "--metrics", "fidd")
     assert "inceptoin" in refused(capsys, *arguments, "--extractor", "inceptoin")
     (place / "note.pth").write_text("this is no network")
-    found = evaluated(capsys, *arguments, "--extractor", place / "note.pth", "--metrics", "nearest", "--n", "24")
+    asking = [*arguments, "--extractor", place / "note.pth", "--metrics", "nearest", "--n", "24"]
+    assert run(["evaluate", *map(str, asking), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
     assert "note.pth" in found["metrics"]["nearest"]["not_measured"]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ VERSION = 3  # of the classifier: a change of anything below that changes its we
 HELD_OUT = 5  # every fifth picture is kept to see when training may end
 MOST_VALUES = 64  # a column with more is no attribute but a name or a number
 LEAST_PICTURES = 5  # of each value of an attribute
+NO_MEANING = "no caption of the public set equals their prompt, or such captions stand beside different values"
 CAPTION = "caption"  # the attribute of a set that has no other
 BATCH = 64
 EPOCHS = 7
@@ -216,13 +217,18 @@ def _build(setting: Setting) -> MeasuringClassifier:
             _keep(network, held_out, cached)
     network.eval().requires_grad_(False)
     return MeasuringClassifier(
-        network, values, _meanings(parts, columns), held_out, digest, columns_left_out(parts)
+        network, values, meanings_of_captions(parts, columns, values), held_out, digest, columns_left_out(parts)
     )
 
 
-def _meanings(parts: Sequence[Part], columns: Mapping[str, list[list[str]]]) -> dict[str, dict[str, str]]:
-    """Caption to its attributes; a caption that stands beside different ones says nothing and is left out."""
-    known = {name: set(of[0]) for name, of in columns.items()}  # a value that the classifier never saw is no class
+def meanings_of_captions(
+    parts: Sequence[Part], columns: Mapping[str, list[list[str]]], known: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, str]]:
+    """Caption to its attributes; one that stands beside different ones, or beside an unknown one, is left out.
+
+    Args:
+        known: the values of each attribute that a classifier can tell.
+    """
     meanings: dict[str, dict[str, str]] = {}
     unclear: set[str] = set()
     for place, part in enumerate(parts):

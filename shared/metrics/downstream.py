@@ -5,8 +5,9 @@
     logistic regression   scikit-learn's, on pixels, with its defaults
     mlp                   scikit-learn's, on pixels, 100 hidden units as by default
 
-The same classifiers trained on as many real pictures of the public set stand beside as the floor (here: the mark that
-no generator passes but by chance). The label of a generated picture is what its prompt asks for.
+The same classifiers trained on as many real pictures of the public set stand beside. Where those are fewer than the
+generated ones, the figure for as few generated ones stands there too: more pictures alone make a better classifier.
+The label of a generated picture is what its prompt asks for.
 Not covered: classifiers tuned for the data, and pre-training.
 """
 
@@ -27,9 +28,9 @@ from torch.nn import functional
 
 from shared.errors import DataError
 from shared.metrics import Measurement, Pictures, Table
-from shared.metrics.attributes import columns_left_out, known_attributes
-from shared.metrics.public_sets import FEWEST
+from shared.metrics.attributes import NO_MEANING, columns_left_out, known_attributes, meanings_of_captions
 from shared.metrics.figure import Figure, seeds_interval
+from shared.metrics.public_sets import FEWEST
 from shared.rundir import write_whole
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ class Downstream:
         public = setting.public
         if len(public.test) < FEWEST:
             raise DataError(
-                f"{public.left_out} of the {public.left_out + len(public.test)} pictures to test on are among those that"
-                " the model was trained on",
+                f"{public.left_out} of the {public.left_out + len(public.test)} pictures to test on are among those"
+                " that the model was trained on",
                 hint="--test names public pictures that it has not seen",
             )
         parts = [public.test, public.fit, public.reference, public.floor]
@@ -103,11 +104,7 @@ class Downstream:
                 hint="give it a column with the class of each picture",
             )
         values = {name: sorted({value for column in of for value in column}) for name, of in columns.items()}
-        meanings: dict[str, dict[str, str]] = {}
-        for place, part in enumerate(parts):
-            for row, captions in enumerate(part.captions):
-                for caption in captions:
-                    meanings.setdefault(caption, {name: of[place][row] for name, of in columns.items()})
+        meanings = meanings_of_captions(parts, columns, values)
         test = {name: _places(of[0], values[name]) for name, of in columns.items()}
         return cls(setting, values, meanings, test, columns_left_out(parts))
 
@@ -135,22 +132,31 @@ class Downstream:
             for place, seed in enumerate(seeds):
                 told.append(classifier(images, labels, setting.public.test.images, seed))
                 setting.step(place + 1, len(seeds))
-            figures += self._figures(name, told, len(rows), seeds, pictures.seed)
+            fewer = min(len(rows), len(setting.public.fit))
+            same = None
+            if fewer < len(rows):
+                setting.progress(f"training the {name} on {fewer:,} of them, as many as there are real ones")
+                same = classifier(images[:fewer], _first(labels, fewer), setting.public.test.images, seeds[0])
+            figures += self._figures(name, told, len(rows), seeds, pictures.seed, same)
             if name == "cnn":
                 tables = self._confusions(told[0], seeds[0])
         notes = list(self.left_out)
         if len(rows) < len(pictures):
             left_out = len(pictures) - len(rows)
-            notes.append(f"{left_out} pictures are left out: no caption of the public set equals their prompt")
+            notes.append(f"{left_out} pictures are left out: {NO_MEANING}")
         for name, column in labels.items():
             missing = [value for place, value in enumerate(self.values[name]) if place not in column]
             if missing:
                 notes.append(f"no generated picture shows {name} {', '.join(missing)}: real ones are all told wrong")
         return Measurement(figures, tables, notes=notes)
 
-    def _figures(self, name: str, told: list[Labels], n: int, seeds: list[int], picture_seed: int) -> list[Figure]:
+    def _figures(
+        self, name: str, told: list[Labels], n: int, seeds: list[int], picture_seed: int, same: Labels | None
+    ) -> list[Figure]:
+        """`same`: what is told after learning from only as many generated pictures as there are real ones."""
         public = self.setting.public
         real = self._real(name, n)
+        at_floor_n = {key: float(right.mean()) for key, right in _right([same], self.test).items()} if same else {}
         figures = []
         for key, right in _right(told, self.test).items():
             of_seeds = right.mean(axis=1)
@@ -171,7 +177,7 @@ class Downstream:
                     f"{name} {key}", float(of_seeds.mean()),
                     interval, "higher", n, public.test.name, len(public.test),
                     seeds={"pictures": [picture_seed], "trainings": seeds}, floor=real[key],
-                    floor_n=min(n, len(public.fit)), chance=chance,
+                    floor_n=min(n, len(public.fit)), at_floor_n=at_floor_n.get(key), chance=chance,
                 )
             )  # fmt: skip
         return figures
@@ -290,6 +296,10 @@ def _right(told: Sequence[Labels], test: Labels) -> dict[str, np.ndarray]:
     every = np.stack(list(single.values())).min(axis=0)
     named = {f"accuracy of {name}": right for name, right in single.items()} if len(single) > 1 else {}
     return {"accuracy": every, **named}
+
+
+def _first(labels: Labels, count: int) -> Labels:
+    return {name: column[:count] for name, column in labels.items()}
 
 
 def _unit(images: np.ndarray) -> Tensor:

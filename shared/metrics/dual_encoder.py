@@ -207,7 +207,7 @@ def build(setting: Setting) -> DualEncoder:
             "no CLIP model was named: --clip PATH or id",
             hint=f"such as {EXAMPLE}; two models of their own, VIT+TEXT, are fitted to each other on the public set",
         )
-    halves = _halves(named)
+    halves = halves_of(named)
     setting.progress(f"loading {named}")  # half a minute where the hub does not answer
     if halves is None:
         model = CommonModel.load(named)
@@ -223,7 +223,7 @@ def build(setting: Setting) -> DualEncoder:
     return DualEncoder(pair, name, fingerprint, maps, fit.name)
 
 
-def _halves(named: str) -> tuple[str, str] | None:
+def halves_of(named: str) -> tuple[str, str] | None:
     """The two models of "VIT+TEXT"; `None` where one is named, such as a folder with a plus sign in its name."""
     if "+" not in named or Path(named).is_dir():
         return None

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.errors import DataError
+from shared.metrics.dual_encoder import halves_of
 from shared.metrics.extractor import Features, fingerprint_of, in_batches
 from shared.metrics.pretrained import load_pretrained
 
@@ -87,7 +88,7 @@ def build(setting: Setting, path: str) -> VisionModel:
     Raises:
         DataError: none there, one without an image side or without all of its weights, or no way to the hub.
     """
-    path = path or setting.dual_encoder or DEFAULT
+    path = path or (halves_of(setting.dual_encoder) or (setting.dual_encoder,))[0] or DEFAULT
     if not Path(path).is_dir():
         setting.progress(f"loading {path}; from the hub where it is not on this machine yet, which takes minutes")
     config = load_pretrained(path, "AutoConfig")
