@@ -61,17 +61,31 @@ class QualityProbe:
 
 
 def as_event(found: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """For `events.jsonl`: metric to figure to [value, low, high]; reasons where nothing was measured."""
-    event: dict[str, Any] = {"n": count}
+    """For `events.jsonl`: metric to figure to [value, low, high]; reasons where nothing was measured.
+
+    What a reader needs beside the numbers stands under "about": for each metric the public set and its pictures, what
+    made features, seeds, and figure to [real pictures, guessing], `None` where there is no such mark.
+    """
+    event: dict[str, Any] = {"n": count, "about": {}}
     for name, measured in found.items():
         if isinstance(measured, Measurement):
+            first = measured.figures[0]
             event[name] = {
-                figure.name: [round(number, 6) for number in (figure.value, figure.interval.low, figure.interval.high)]
+                figure.name: [_short(number) for number in (figure.value, figure.interval.low, figure.interval.high)]
                 for figure in measured.figures
             }
+            event["about"][name] = {
+                "reference": first.reference, "reference_n": first.reference_n, "extractor": first.extractor,
+                "seeds": first.seeds,
+                "marks": {figure.name: [_short(figure.floor), _short(figure.chance)] for figure in measured.figures},
+            }  # fmt: skip
         else:
             event.setdefault("not_measured", {})[name] = measured
     return event
+
+
+def _short(number: float | None) -> float | None:
+    return None if number is None else round(number, 6)
 
 
 def accuracy_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Figure]]:

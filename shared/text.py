@@ -202,7 +202,7 @@ class TransformersEncoder:
     def fingerprint(self) -> str:
         """Over settings, tokenizer and weights as they were loaded: the same from a hub and from a folder."""
         settings = [type(self._model).__name__, self._max_tokens, self._tokenizer_state]
-        settings.append({k: v for k, v in self._model.config.to_diff_dict().items() if k not in _VOLATILE_SETTINGS})
+        settings.append({k: v for k, v in self._model.config.to_diff_dict().items() if k not in VOLATILE_SETTINGS})
         total = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self._model.state_dict().items()):
             if name not in self._unused:
@@ -242,7 +242,7 @@ class TransformersEncoder:
 
 
 # Where a model lay, what wrote it and at which precision it was stored says nothing about its rows in float32.
-_VOLATILE_SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+VOLATILE_SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
 def build_transformers(config: TextConfig) -> CaptionEncoder:

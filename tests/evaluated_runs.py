@@ -42,8 +42,14 @@ def make_run(path: Path, changes: dict[str, Scalar] | None = None, *, quality: b
                 value = 0.1 * server_round
                 rundir.append_event({"server_round": server_round, "quality": {
                     "n": 384, "caption-accuracy": {"accuracy": [value, value - 0.05, value + 0.05]},
+                    "about": {"caption-accuracy": {
+                        "reference": f"shapes {HOSTILE}, fit", "reference_n": 120, "extractor": "classifier 7c2d",
+                        "seeds": {"pictures": [2]}, "marks": {"accuracy": [0.97, 1 / 3]},
+                    }},
                     "kid": {"kid": [0.3 - value / 2, 0.0, 0.5]}, "not_measured": {"retrieval": f"no model {HOSTILE}"},
                 }})  # fmt: skip
+            rundir.append_timing(server_round, 9.0)
+        rundir.append_timing(4, 4.0, of="quality")
         rundir.remember_sites({"site-00": "ab" * 32}, {"site-01": "policy"}, 3)
         rundir.write_bytes("sheet.png", PNG)
     return path

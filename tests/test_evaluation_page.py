@@ -162,6 +162,14 @@ def test_quality_over_epsilon_is_drawn_at_the_epsilon_of_the_steps_charged_by_th
     assert "guessing, accuracy: 0.333" in alternative
 
 
+def test_what_measured_during_training_stands_there_with_its_marks_and_its_part_of_the_time(page: str) -> None:
+    words = Page(page).text
+    assert f"caption accuracy against 120 pictures of shapes {HOSTILE}, fit, by classifier 7c2d" in words
+    assert "They took 4 s, 10.0% of the training's time." in words  # of four rounds of 9 s
+    alternative = next(a for a in Page(page).alternatives if a.startswith("caption accuracy over rounds"))
+    assert "real pictures, accuracy: 0.97. guessing, accuracy: 0.333." in alternative
+
+
 def test_what_was_not_measured_during_training_is_told_with_its_reason(page: str) -> None:
     assert f"retrieval no model {HOSTILE}" in Page(page).text
 

@@ -115,6 +115,14 @@ def test_figures_during_training_stand_in_the_events_with_intervals(
         for measured in (figures["caption-accuracy"]["accuracy"], kid):
             value, low, high = measured
             assert low <= value <= high
+        of_captions, of_distance = figures["about"]["caption-accuracy"], figures["about"]["kid"]
+        real, chance = of_captions["marks"]["accuracy"]
+        assert 0.5 < real <= 1
+        assert chance == pytest.approx(1 / 96, abs=1e-6)
+        assert of_captions["extractor"].startswith("classifier ")
+        assert of_distance["extractor"].startswith("local ")
+        assert of_captions["seeds"]["pictures"] == [2]
+        assert all(about["reference"] and about["reference_n"] > 0 for about in (of_captions, of_distance))
     assert result["seconds"]["quality_during_training"] > 0
 
 

@@ -3,7 +3,7 @@
     clip score   how near a picture is to its prompt, 0 to 100; says little without the floor and chance beside it
     retrieval    whether a picture finds its prompt among all prompts, and a prompt its picture: recall at 1, 5, 10
 
-The floor is the same figure for real pictures with their own captions, and no generator is expected above it.
+The floor is the same figure for real pictures with their own captions; typical pictures can get past it.
 Not covered: prompts that say the same in other words count as different ones, so retrieval calls a right picture wrong
 where its prompt has a synonym among the others; and a generator can please one model, that is why it is named.
 """

@@ -27,7 +27,14 @@ import torch
 from shared.config import TextConfig
 from shared.errors import DataError
 from shared.metrics.public_sets import Part
-from shared.text import CaptionEncoder, build_encoder, check_vocabulary, quiet_transformers, tokenizer_state
+from shared.text import (
+    VOLATILE_SETTINGS,
+    CaptionEncoder,
+    build_encoder,
+    check_vocabulary,
+    quiet_transformers,
+    tokenizer_state,
+)
 
 if TYPE_CHECKING:
     from shared.metrics import Pictures, Setting
@@ -467,12 +474,11 @@ def _fingerprint(model: Any, *states: Any, without: str = "\0") -> str:
 
 
 # Where a model lay, what wrote it and at which precision it was stored says nothing about its vectors.
-_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
 def _lasting(settings: Any) -> Any:
     if isinstance(settings, dict):
-        return {name: _lasting(value) for name, value in settings.items() if name not in _VOLATILE}
+        return {name: _lasting(value) for name, value in settings.items() if name not in VOLATILE_SETTINGS}
     return settings
 
 

@@ -42,8 +42,8 @@ class Figure:
         reference_n: pictures of that part.
         extractor: what made features, with its fingerprint; `None` where none did.
         seeds: of pictures, trainings and resampling, by purpose.
-        floor: the same figure for `floor_n` real pictures in place of generated ones: no generator does better
-            but by chance.
+        floor: the same figure for `floor_n` real pictures in place of generated ones. A generator of typical or of
+            few pictures can get past it where spread is not asked for: caption accuracy, precision, class score.
         at_floor_n: the figure for only the first `floor_n` generated pictures, where those are fewer than `n`.
         chance: what guessing gets.
         warning: why the number should not be taken at its face.

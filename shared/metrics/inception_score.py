@@ -17,6 +17,7 @@ from shared.errors import DataError
 from shared.metrics import Figure, Measurement, Pictures, Setting
 from shared.metrics.feature_sets import FeatureSets
 from shared.metrics.figure import deviation_interval
+from shared.metrics.local import LocalExtractor
 from shared.torchvision_operators import ensure_importable
 
 # torch-fidelity's defaults, so that its command line says the same.
@@ -65,6 +66,9 @@ class InceptionScore:
         )  # fmt: skip
         splits = _splits(len(logits))
         notes = ["the inception score compares with no reference; its floor is the score of real pictures"]
+        extractor = self.sets.setting.extractor
+        if isinstance(extractor, LocalExtractor):
+            notes.append(f"its classes are the values of {next(iter(extractor.classifier.values))}")
         if splits != SPLITS:
             notes.append(f"inception score over {splits} splits, fewer than the usual {SPLITS}")
         return Measurement([figure], notes=notes)

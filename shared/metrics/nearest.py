@@ -79,9 +79,10 @@ class Nearest:
         ratio = float(np.median(nearest)) / typical if typical > 0 else float("nan")
         interval = mean_interval(near, seed=setting.seed)
         floor = float((judged <= very_near).mean())
-        figures = [figure("very near", float(near.mean()), interval, "lower", floor, len(judged))]
+        figures = [figure("very near", float(near.mean()), interval, "neither", floor, len(judged))]
         notes = [
-            f"very near: nearer to a public picture than {1 - RARE:.0%} of {len(judges):,} other real pictures are;"
+            f"very near: nearer to a public picture than {1 - RARE:.0%} of {len(judges):,} other real pictures are:"
+            " above the share of real pictures it looks like copying, below it like blur or few kinds of pictures;"
             " median distance: 1 is that of real pictures, well below 1 looks like copying or like blur",
         ]
         if np.isfinite(ratio):

@@ -22,6 +22,7 @@ from shared.errors import DataError
 from shared.metrics.dual_encoder import halves_of
 from shared.metrics.extractor import Features, fingerprint_of, in_batches
 from shared.metrics.pretrained import load_pretrained
+from shared.text import VOLATILE_SETTINGS
 
 if TYPE_CHECKING:
     from shared.metrics import Setting
@@ -30,8 +31,6 @@ VERSION = 1
 DEFAULT = "openai/clip-vit-base-patch32"
 BATCH = 32
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# Where a model lay, what wrote it and at which precision it was stored says nothing about its features.
-VOLATILE_SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
 @dataclass(frozen=True, eq=False)
