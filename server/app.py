@@ -26,7 +26,7 @@ from shared.observer import Observer, SilentObserver
 from shared.privacy.plan import make_plan
 from shared.private_data import refuse_private
 from shared.prompts import PromptPool
-from shared.rundir import RunDirectory
+from shared.rundir import RunDirectory, reference_cache
 from shared.text import build_encoder
 from shared.tree import check_same_tree
 
@@ -133,7 +133,7 @@ def open_run(run_config: Mapping[str, Scalar]) -> RunDirectory:
         return RunDirectory.resume(path, config=config, prompts=prompts.texts)
     documents = {}
     if reference := places["simulation.reference"]:
-        cache = str(path.parent / ".fedcanvas-reference")
+        cache = str(reference_cache(path))
         documents[REFERENCE] = asdict(ReferencePlace(reference, unseen_split(Path(reference)), cache))
     return RunDirectory.create(path, config=config, prompts=prompts.texts, entropy="seeded", documents=documents)
 

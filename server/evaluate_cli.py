@@ -41,7 +41,6 @@ FEWEST_PICTURES, MOST_PICTURES = 2, 1_000_000
 DEFAULT_N, DEFAULT_TRAININGS = 10_000, 3
 SAMPLE_SEED = 1  # of latents; sheets show seed 0, so that figures are about other pictures than those shown
 UNEVEN = 0.05  # part of the public pictures whose captions may be too many without a word about it
-CACHE = ".fedcanvas-reference"  # beside the runs: features and classifiers of public sets, by content
 
 
 @new_app
@@ -235,9 +234,10 @@ def _evaluator(
     from shared.metrics.dual_encoder import halves_of
     from shared.metrics.extractor import named
     from shared.metrics.public_sets import divide
+    from shared.rundir import reference_cache
 
     builder, path = named(extractor)
-    cache = _cache_of(run)
+    cache = reference_cache(run)
     known, split = _public(reference, model.config, cache), None
     tested = _public(test, model.config, cache) if test is not None else None
     if tested is None and _has_test(reference):
@@ -374,11 +374,6 @@ def _about(run: Path, model: GeneratorModel) -> dict[str, Any]:
             "simulated": card.get("entropy") == "seeded",
         },
     }  # fmt: skip
-
-
-def _cache_of(run: Path) -> Path:
-    """Beside the runs, where `simulate` keeps the same things."""
-    return run.resolve().parent / CACHE
 
 
 def _run_of(path: Path) -> Path:

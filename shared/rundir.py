@@ -508,6 +508,11 @@ class RunDirectory:
             os.truncate(path, content.rfind(b"\n") + 1)
 
 
+def reference_cache(run: Path) -> Path:
+    """Beside the runs, by content: the next run with this public set need not train its classifier again."""
+    return run.resolve().parent / ".fedcanvas-reference"
+
+
 @dataclass(frozen=True)
 class GeneratorModel:
     """A released generator with all that a prompt needs to become a picture.

@@ -181,7 +181,7 @@ def _new_run(
     from shared.config import RunConfig
     from shared.data import unseen_split
     from shared.privacy.plan import make_plan
-    from shared.rundir import RunDirectory, write_whole
+    from shared.rundir import RunDirectory, reference_cache, write_whole
     from simulations.scenarios import scenario_called
 
     scenario = scenario_called(asked["scenario"]) if asked["scenario"] else None
@@ -240,7 +240,7 @@ def _new_run(
     write_whole(_data_digest_path(out), _data_digest(datasets).encode())
     documents: dict[str, Any] = {JOB: asdict(job)}
     if job.reference is not None:
-        place = ReferencePlace(job.reference, unseen_split(Path(job.reference)), str(_reference_cache(out).resolve()))
+        place = ReferencePlace(job.reference, unseen_split(Path(job.reference)), str(reference_cache(out)))
         documents[REFERENCE] = asdict(place)
     run = RunDirectory.create(out, config=config, prompts=pool.texts, entropy="seeded", documents=documents)
     return run, job
@@ -353,6 +353,7 @@ def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDatas
     from shared.data import open_dataset, unseen_split
     from shared.private_data import refuse_private
     from shared.progress import StepProgress
+    from shared.rundir import reference_cache
 
     if job.reference is None:
         return None
@@ -366,7 +367,7 @@ def _open_reference(out: Path, job: Job, config: RunConfig) -> ImageCaptionDatas
             hint="name public pictures that no site holds, or leave --reference out",
         )
     return open_dataset(
-        path, config=config.data, cache_dir=_reference_cache(out), split=split,
+        path, config=config.data, cache_dir=reference_cache(out), split=split,
         progress=StepProgress("decoding the public reference set"),
     )  # fmt: skip
 
@@ -632,12 +633,13 @@ def _measured(run: RunDirectory, model: GeneratorModel, reference: ImageCaptionD
     from server.evaluator import as_table
     from server.quality import QualityProbe
     from shared.metrics import Measurement
+    from shared.rundir import reference_cache
 
     name = "caption-accuracy"
     if reference is None:
         return {name: {"not_measured": "no --reference was given"}}
     try:
-        probe = QualityProbe(reference, names=[name], cache_dir=_reference_cache(run.path), progress=say)
+        probe = QualityProbe(reference, names=[name], cache_dir=reference_cache(run.path), progress=say)
     except DataError as error:
         return {name: {"not_measured": error.message}}
     found = probe.measure(
@@ -671,11 +673,6 @@ def _ledgers(run: RunDirectory, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
             "refused": left.get(name),
         }
     return found
-
-
-def _reference_cache(out: Path) -> Path:
-    """Beside the runs, so that the next run with this reference set need not train the classifier again."""
-    return out.parent / ".fedcanvas-reference"
 
 
 def _next_commands(out: Path, prompts: Sequence[str]) -> list[str]:
