@@ -574,10 +574,12 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
     spent = plan.spent(charged, warm_start=config.warm_start.enabled, exact=exact)
     sites = _ledgers(run, plan)
     rows = accuracy_rows(metrics)
-    notes = [
-        f"{config.federation.sites} sites, epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e},"
-        f" {spent.adjacency} one {spent.unit}"
-    ]
+    number = config.federation.sites
+    cost = (
+        f"epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e}, {spent.adjacency} one {spent.unit}"
+        if plan.private else "no privacy: epsilon = inf"
+    )  # fmt: skip
+    notes = [f"{number} {'site' if number == 1 else 'sites'}, {cost}"]
     if rows:
         shown = ", ".join(f"{name} {figure.value:.2f}" for name, figure in rows)
         notes.append(shown if len(rows) == 1 else f"accuracy {shown}")
