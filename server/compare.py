@@ -27,7 +27,7 @@ from server.evaluations import check_evaluation, evaluation_words, figures_of, l
 from shared.cli import printable
 from shared.errors import UsageError
 from shared.metrics.figure import NORMAL_QUANTILE, Figure, Interval, seeds_interval
-from shared.page import Code, Small, bullets, escaped, html_page, image, table, warning
+from shared.page import Code, Small, bullets, counted, escaped, html_page, image, table, warning
 from shared.plain import plain
 from shared.rundir import RunDirectory
 
@@ -75,11 +75,26 @@ class Difference:
     @property
     def words(self) -> str:
         if self.p is None:
-            return f"{self.first} and {self.second}: no interval to tell them apart by; runs of several seeds would"
+            return _nothing_to_tell_by([self])
         by = f"{self.difference:.3g} ± {self.reach:.2g}"
         if self.larger_than_noise:
             return f"{self.first} is {self.better} than {self.second} by {by}: larger than noise"
         return f"{self.first} and {self.second} are not told apart ({by})"
+
+
+def _nothing_to_tell_by(pairs: Sequence[Difference]) -> str:
+    """One sentence for all pairs of a figure without an interval, however many they are."""
+    if len(pairs) == 1:
+        named = f"{pairs[0].first} and {pairs[0].second}"
+    else:
+        named = f"{len(pairs)} pairs of {_listed(list(dict.fromkeys(n for d in pairs for n in (d.first, d.second))))}"
+    return f"{named}: no interval to tell them apart by; runs of several seeds would"
+
+
+def _words(differences: Sequence[Difference]) -> list[str]:
+    known = [difference for difference in differences if difference.p is not None]
+    unknown = [difference for difference in differences if difference.p is None]
+    return [d.words for d in known] + ([_nothing_to_tell_by(unknown)] if unknown else [])
 
 
 @dataclass(frozen=True)
@@ -398,10 +413,8 @@ def compare_text(runs: Sequence[RunDirectory], evaluations: Sequence[Mapping[str
             for name, (mean, interval) in row.means.items():
                 between = f"{number(interval.low)} to {number(interval.high)}, {interval.how}"
                 lines.append(f"  {name:<{width}}{number(mean):>11}   {between}")
-            lines += [f"    {difference.words}" for difference in [*row.over_seeds, *row.differences]]
-    for column in found.columns:
-        for metric, why in _not_measured(column):
-            lines.append(f"{column.name}: {metric} not measured: {why}")
+            lines += [f"    {words}" for words in [*_words(row.over_seeds), *_words(row.differences)]]
+    lines += [f"{names}: {metric} not measured: {why}" for names, metric, why in _absent(found)]
     return "\n".join(printable(line) for line in lines)
 
 
@@ -483,7 +496,7 @@ def _of_runs(found: Comparison) -> list[str]:
     for column in found.columns:
         config, reference = column.run.config, column.evaluation["reference"]
         about = (
-            f"{config.federation.sites} sites, {config.federation.rounds} rounds,"
+            f"{counted(config.federation.sites, 'site')}, {counted(config.federation.rounds, 'round')},"
             f" {config.federation.published_records:,} {config.privacy.units} as published, seed {config.seed}"
         )
         measured = (f"{int(column.evaluation['n']):,} pictures", Small(f"against {reference.get('name', '?')}"))
@@ -534,8 +547,7 @@ def _figures(found: Comparison) -> list[str]:
             rows.append(cells)
         counted = [f"{name} ({_seeds(found, name)} seeds)" for name in groups]
         parts.append(table(["", *names, *counted], rows))
-    absent = [[column.name, metric, why] for column in found.columns for metric, why in _not_measured(column)]
-    if absent:
+    if absent := _absent(found):
         parts += ["<h3>Not measured</h3>", table(["run", "metric", "why"], absent, text=3)]
     metrics = dict.fromkeys(row.metric for block in found.blocks for row in block.rows)
     said = [[metric_name(metric), *METRIC_WORDS[metric][1:]] for metric in metrics if metric in METRIC_WORDS]
@@ -564,7 +576,7 @@ def _differences(found: Comparison) -> list[str]:
             for differences, kind in ((row.over_seeds, "over seeds"), (row.differences, "between runs")):
                 if differences:
                     told = tuple(d.words for d in differences if d.larger_than_noise)
-                    other = tuple(d.words for d in differences if not d.larger_than_noise)
+                    other = tuple(_words([d for d in differences if not d.larger_than_noise]))
                     label = (figure_label(row.metric, row.any), Small(kind))
                     rows.append([label, told or "none", other or "–"])
     if not rows:
@@ -637,6 +649,15 @@ def _not_measured(column: Column) -> Iterator[tuple[str, str]]:
         if "not_measured" in entry:
             hint = f" ({entry['hint']})" if entry.get("hint") else ""
             yield metric, f"{entry['not_measured']}{hint}"
+
+
+def _absent(found: Comparison) -> list[list[str]]:
+    """[runs, metric, why], one entry for all runs that have one reason."""
+    runs: dict[tuple[str, str], list[str]] = {}
+    for column in found.columns:
+        for about in _not_measured(column):
+            runs.setdefault(about, []).append(column.name)
+    return [[_listed(names), metric, why] for (metric, why), names in runs.items()]
 
 
 def _seeds(found: Comparison, name: str) -> int:

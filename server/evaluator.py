@@ -120,8 +120,8 @@ class Evaluator:
                 self.on_metric(name, number, len(left))
                 started = time.monotonic()
                 try:
+                    metric = METRICS.get(name).prepare(self.setting)  # what it lacks is told before a picture is drawn
                     drawn = drawn or self._draw(place)
-                    metric = METRICS.get(name).prepare(self.setting)
                     found = self._as_table(place, name, metric.measure(drawn))
                 except FedCanvasError as error:
                     found = {"not_measured": error.message, "hint": error.hint or ""}

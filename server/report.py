@@ -19,7 +19,7 @@ from server.report_tables import REPORT_TABLES
 from shared import __version__
 from shared.config import setting_names
 from shared.errors import RunDirectoryError
-from shared.page import Small, bullets, escaped, html_page, image, table, warning
+from shared.page import Small, bullets, counted, escaped, html_page, image, table, warning
 from shared.privacy.accounting import EpsilonReport, epsilon_curve
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.rundir import RunDirectory
@@ -94,7 +94,7 @@ def _summary(run: RunDirectory) -> str:
     config = run.config
     steps = f", {config.federation.local_steps} local steps" if config.federation.local_steps > 1 else ""
     return (
-        f"{config.federation.sites} sites, {config.federation.rounds} rounds{steps},"
+        f"{counted(config.federation.sites, 'site')}, {counted(config.federation.rounds, 'round')}{steps},"
         f" {config.federation.published_records:,} {config.privacy.units} as published,"
         f" {len(run.prompts)} public prompts, run {run.run_id}, fedcanvas {__version__}"
     )

@@ -144,3 +144,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, Code):
         return f"<code>{escaped(value)}</code>"
     return f"<small>{escaped(value)}</small>" if isinstance(value, Small) else escaped(value)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 site`, `10 sites`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

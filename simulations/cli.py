@@ -560,6 +560,7 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
     """Figures and sheet from the released model; `result.json` comes last, so its existence means all is there."""
     from server.evaluation import final_sheet
     from server.quality import accuracy_rows
+    from shared.page import counted
     from shared.privacy.plan import PrivacyPlan
     from shared.rundir import load_model
 
@@ -574,12 +575,11 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
     spent = plan.spent(charged, warm_start=config.warm_start.enabled, exact=exact)
     sites = _ledgers(run, plan)
     rows = accuracy_rows(metrics)
-    number = config.federation.sites
     cost = (
         f"epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e}, {spent.adjacency} one {spent.unit}"
         if plan.private else "no privacy: epsilon = inf"
     )  # fmt: skip
-    notes = [f"{number} {'site' if number == 1 else 'sites'}, {cost}"]
+    notes = [f"{counted(config.federation.sites, 'site')}, {cost}"]
     if rows:
         shown = ", ".join(f"{name} {figure.value:.2f}" for name, figure in rows)
         notes.append(shown if len(rows) == 1 else f"accuracy {shown}")

@@ -102,6 +102,18 @@ def test_without_an_interval_nothing_is_told_apart(runs: dict[str, RunDirectory]
         assert "a0 and b0: no interval to tell them apart by" in text
 
 
+def test_what_is_alike_for_many_runs_is_said_once(runs: dict[str, RunDirectory]) -> None:
+    opened, evaluations = fids(runs, {"a0": 12.0, "b0": 12.8, "a1": 12.4})
+    for made in evaluations:
+        made["metrics"]["prdc"] = {"figures": [figure("recall", 0.5, 0.01)], "notes": [], "tables": []}
+        made["metrics"]["retrieval"] = {"not_measured": "no model", "hint": "name one"}
+    for text in (compare_text(opened, evaluations), check_page(compare_html(opened, evaluations)).text):
+        assert text.count("no interval to tell them apart by") == 1
+        assert "3 pairs of " in text
+        assert text.count("no model (name one)") == 1
+    assert "a0, b0 and a1: retrieval not measured" in compare_text(opened, evaluations)
+
+
 def test_runs_that_differ_in_the_seed_alone_stand_together_with_a_t_interval(runs: dict[str, RunDirectory]) -> None:
     values = {"a0": 12.0, "a1": 13.0, "a2": 12.2, "b0": 20.0, "b1": 21.5}
     opened, evaluations = fids(runs, values)

@@ -191,6 +191,15 @@ def test_what_cannot_be_measured_says_why_and_is_not_a_number(place: Path, capsy
     assert "none of the metrics could be measured" in shown.err
 
 
+def test_nothing_is_drawn_for_a_metric_that_lacks_what_it_needs(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.evaluator.pictures", lambda *_, **__: pytest.fail("drawn"))
+    asking = [place / "runs/a", "--reference", place / "public.npz", "--n", "24", "--metrics", "clip-score"]
+    assert run(["evaluate", *map(str, asking)]) == 4
+    assert "no CLIP model was named" in capsys.readouterr().out
+
+
 def test_a_test_split_of_the_file_is_what_is_tested_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_npz(place / "both.npz", 400, test=70)
     found = evaluated(
