@@ -135,7 +135,7 @@ SCENARIOS = {
         ),
         Scenario(
             "mednist-6", "six kinds of medical pictures over six sites, epsilon 10", "MedNIST unzipped: a folder with"
-            " captions.csv (file_name, text, label)", 5.0, _six_sites, MODALITIES,
+            " captions.csv (file_name, text, label)", 6.0, _six_sites, MODALITIES,
         ),
     )
 }  # fmt: skip
