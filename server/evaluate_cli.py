@@ -11,20 +11,18 @@ import hashlib
 import json
 import math
 import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shared.cli import Interrupted, new_app, printable, say
 from shared.errors import DataError, UsageError
-from shared.progress import StepProgress
+from shared.progress import Barred, StepProgress, on_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -169,26 +167,15 @@ def compare(
             typer.echo(f"\npage  {html}: open it in a browser")
 
 
-class EvaluationProgress:
+class EvaluationProgress(Barred):
     """A bar for what is being done and one for all metrics on a terminal; lines now and then in a log."""
 
     def __init__(self, *, terminal: bool | None = None) -> None:
-        self._bar = _bar() if (sys.stderr.isatty() if terminal is None else terminal) else None
+        super().__init__(_bar() if on_terminal(terminal) else None)
         self._metric, self._steps = "", StepProgress("")
         if self._bar is not None:
             self._all = self._bar.add_task("metrics", total=None)
             self._one = self._bar.add_task("", total=None, visible=False)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def metric(self, name: str, number: int, total: int) -> None:
         self._metric = name

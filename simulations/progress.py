@@ -5,15 +5,13 @@ Everything goes to stderr. Not here: what is measured (`server.rounds`), and the
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from shared.cli import say
-from shared.progress import SECONDS_BETWEEN_LINES
+from shared.progress import SECONDS_BETWEEN_LINES, Barred, on_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,28 +19,16 @@ if TYPE_CHECKING:
 MEMORY = 0.9  # of the moving average of a round's seconds
 
 
-class RunProgress:
-    """An `Observer` (`shared.observer`) for people; a context manager, since a bar must be taken down again."""
+class RunProgress(Barred):
+    """An `Observer` (`shared.observer`) for people."""
 
     def __init__(self, total_rounds: int, *, done: int = 0, terminal: bool | None = None) -> None:
         self.total, self.done = total_rounds, done
         self.seconds: float | None = None  # of a round, a moving average
         self._since = self._warm_since = self._told = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty() if terminal is None else terminal:
-            self._bar = _bar()
+        super().__init__(_bar() if on_terminal(terminal) else None)
+        if self._bar is not None:
             self._task = self._bar.add_task("", total=total_rounds, completed=done, left="measuring", figure="")
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def on_warm_start(self, step: int, steps: int) -> None:
         now = time.monotonic()

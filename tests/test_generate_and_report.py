@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from released_run import CONFIG
 
 from server.cli import _names
 from server.report import report_html
@@ -25,15 +26,6 @@ from shared.privacy.plan import make_plan
 from shared.rundir import RunDirectory, load_model
 from shared.text import build_encoder
 
-CONFIG = RunConfig.from_table(
-    {
-        "data": {"image-size": 8},
-        "privacy": {"delta": 1e-4, "sampling-rate": 0.2},
-        "federation": {"published-records": 400, "rounds": 5, "sites": 3},
-        "discriminator": {"name": "toy", "width": 8, "hidden": 8},
-        "generator": {"width": 8, "latent-dim": 8},
-    }
-)
 SPENT = EpsilonReport(1.5, 1.4, 1.7, 1e-4, 5, unit="subject")
 PROMPTS = ("a red circle", "<script>alert(1)</script> & 'quotes'", "一个红色的圆")
 
