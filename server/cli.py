@@ -49,8 +49,9 @@ def generate(
     from server.evaluation import pictures
     from server.sheet import SheetCell, contact_sheet
     from shared.data.encoding import encode_png
+    from shared.disk import write_whole
     from shared.prompts import PromptPool, clean_prompt
-    from shared.rundir import load_model, to_json, write_whole
+    from shared.rundir import load_model, to_json
 
     asked = [clean_prompt(prompt) for prompt in prompts or []]
     if prompts_file is not None:
@@ -105,7 +106,8 @@ def report(
     The file needs no network. The run may still be going on.
     """
     from server.report import report_html
-    from shared.rundir import RunDirectory, write_whole
+    from shared.disk import write_whole
+    from shared.rundir import RunDirectory
 
     opened = RunDirectory.open(run)
     file = write_whole(out or run / "report.html", report_html(opened).encode())
@@ -113,7 +115,7 @@ def report(
 
 
 def _write(file: Path, content: bytes) -> None:
-    from shared.rundir import write_whole
+    from shared.disk import write_whole
 
     # Thousands of small files: each whole, but not each flushed to the disk on its own.
     write_whole(file, content, durable=False)

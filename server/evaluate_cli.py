@@ -124,7 +124,7 @@ def evaluate(
     document = json.loads(file.read_text(encoding="utf-8"))
     if html is not None:
         from server.report import report_html
-        from shared.rundir import write_whole
+        from shared.disk import write_whole
 
         write_whole(html, report_html(RunDirectory.open(run), document, file.parent).encode())
     if as_json:
@@ -151,7 +151,8 @@ def compare(
     """
     from server.compare import compare_html, compare_json, compare_text
     from server.evaluations import load_comparable
-    from shared.rundir import RunDirectory, write_whole
+    from shared.disk import write_whole
+    from shared.rundir import RunDirectory
 
     if len(runs) < 2:
         raise UsageError("one run is nothing to compare", hint="name two or more: fedcanvas compare runs/a runs/b")

@@ -25,6 +25,7 @@ import numpy as np
 
 from server.evaluation import pictures
 from server.sheet import SheetCell, contact_sheet
+from shared.disk import write_whole
 from shared.errors import FedCanvasError
 from shared.metrics import METRICS, Gallery, Measurement, Pictures, Setting, Table
 from shared.metrics.attributes import VERSION as CLASSIFIER_VERSION
@@ -32,7 +33,7 @@ from shared.metrics.downstream import VERSION as DOWNSTREAM_VERSION
 from shared.metrics.dual_encoder import VERSION as DUAL_ENCODER_VERSION
 from shared.metrics.inception import VERSION as INCEPTION_VERSION
 from shared.metrics.vision_model import VERSION as VISION_VERSION
-from shared.rundir import GeneratorModel, current_versions, take_lock, to_json, write_whole
+from shared.rundir import GeneratorModel, current_versions, take_lock, to_json
 
 FORMAT = 1
 FIGURES_VERSION = 2  # of how metrics make figures of what these see: a change of any figure needs another

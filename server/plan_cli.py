@@ -100,7 +100,8 @@ def plan(
     if plot is not None and plot.is_dir():
         raise UsageError(f"--plot {plot} is a folder", hint="name a file in it, for example plan.png")
     from server.planner import outlook, proposed_sampling_rate
-    from shared.rundir import to_json, write_whole
+    from shared.disk import write_whole
+    from shared.rundir import to_json
 
     if sampling_rate is None:
         sampling_rate = proposed_sampling_rate(records) if batch is None else batch / records

@@ -42,7 +42,7 @@ import numpy as np
 
 from shared import __version__
 from shared.config import RunConfig
-from shared.disk import fsync_file, fsync_folder
+from shared.disk import fsync_file, fsync_folder, write_whole
 from shared.errors import BudgetExhausted, RunDirectoryError
 from shared.plain import plain
 
@@ -582,24 +582,6 @@ def load_model(path: Path) -> GeneratorModel:
         )
     generator.load_state_dict(weights)
     return GeneratorModel(generator.eval().requires_grad_(False), encoder, config, prompts, card)
-
-
-def write_whole(path: Path, content: bytes, *, durable: bool = True) -> Path:
-    """`path` with `content`, or as it was before: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.rename(path)
-        if durable:
-            fsync_folder(path.parent)
-    except OSError as error:
-        raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
-    return path
 
 
 def to_json(content: Any) -> bytes:

@@ -180,8 +180,9 @@ def _new_run(
     from server.app import REFERENCE, ReferencePlace
     from shared.config import RunConfig
     from shared.data import unseen_split
+    from shared.disk import write_whole
     from shared.privacy.plan import make_plan
-    from shared.rundir import RunDirectory, reference_cache, write_whole
+    from shared.rundir import RunDirectory, reference_cache
     from simulations.scenarios import scenario_called
 
     scenario = scenario_called(asked["scenario"]) if asked["scenario"] else None
@@ -419,9 +420,9 @@ def _write_sites(out: Path, job: Job, config: RunConfig, datasets: Sequence[Imag
     from client.enrolment import create_site
     from client.policy import SitePolicy
     from client.settings import SETTINGS, SiteConfig
+    from shared.disk import write_whole
     from shared.privacy.budget import Lifetime
     from shared.privacy.ledger import Lineage
-    from shared.rundir import write_whole
     from simulations.partition import Scheme, partition_indices
 
     count, folder = config.federation.sites, _sites_folder(out)

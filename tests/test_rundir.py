@@ -23,8 +23,9 @@ import pytest
 import torch
 
 from shared.config import RunConfig
+from shared.disk import write_whole
 from shared.errors import BudgetExhausted, FedCanvasError, RunDirectoryError
-from shared.rundir import RunDirectory, load_model, to_json, write_whole
+from shared.rundir import RunDirectory, load_model, to_json
 
 ROUNDS = 5
 CONFIG = RunConfig.from_table(

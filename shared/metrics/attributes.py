@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shared.disk import write_whole
 from shared.errors import DataError
 from shared.metrics.public_sets import Part
-from shared.rundir import write_whole
 
 if TYPE_CHECKING:
     from shared.metrics import Setting

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shared.disk import write_whole
 from shared.errors import DataError
 from shared.metrics import Measurement, Pictures, Table
 from shared.metrics.attributes import NO_MEANING, columns_left_out, known_attributes, meanings_of_captions
 from shared.metrics.figure import Figure, seeds_interval
 from shared.metrics.public_sets import FEWEST
-from shared.rundir import write_whole
 
 if TYPE_CHECKING:
     from shared.metrics import Part, Setting

@@ -615,7 +615,7 @@ def _cached(
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save
 
-    from shared.rundir import write_whole
+    from shared.disk import write_whole
 
     if path is not None and path.is_file():
         try:

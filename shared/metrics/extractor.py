@@ -110,7 +110,7 @@ def cached_features(
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save
 
-    from shared.rundir import write_whole
+    from shared.disk import write_whole
 
     path = cache_dir / f"features-{extractor.fingerprint[:16]}-{digest[:24]}.safetensors" if cache_dir else None
     if path is not None and path.is_file():
