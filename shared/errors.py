@@ -10,7 +10,8 @@
     |- ProtocolError            6   a message of a round is malformed, oversize, or of another version
     |- FederationError          7   a site or an engine failed; the run stops
     |- RunDirectoryError        8   a run or model folder is missing, incomplete or in use
-    `- PromptError              9   a prompt is empty, too long, or cannot be encoded
+    |- PromptError              9   a prompt is empty, too long, or cannot be encoded
+    `- TrustError              10   a key, signature, certificate or sealed message is not what may be trusted
 
 Exit code 0 is success, 130 an interruption by Ctrl-C. The codes are stable: scripts rely on them.
 Not here: invariants that only a bug can break; those are `assert`.
@@ -76,3 +77,7 @@ class RunDirectoryError(FedCanvasError):
 
 class PromptError(FedCanvasError):
     exit_code = 9
+
+
+class TrustError(FedCanvasError):
+    exit_code = 10

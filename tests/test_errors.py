@@ -21,6 +21,7 @@ EXIT_CODES = {
     "FederationError": 7,
     "RunDirectoryError": 8,
     "PromptError": 9,
+    "TrustError": 10,
 }
 
 

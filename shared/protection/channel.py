@@ -1,0 +1,113 @@
+"""Both ends of the way between aggregator and site: what is signed and sealed on it, message by message.
+
+    aggregator  signs an instruction and sends the statement of its keys along; opens what comes back
+    site        checks both before anything of the instruction is decoded; seals its answer to those keys
+
+A site remembers the newest keys that it has seen and takes no older ones, so keys that were rotated away because they
+leaked are worth nothing to who has them. It seals to them whatever it could not read: no refusal travels in clear.
+Not here: Flower's records (`shared.records`) and what an instruction may ask for (`client.site`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from shared.disk import write_whole
+from shared.errors import TrustError
+from shared.protection.federation import AggregatorKeys, Federation
+from shared.protection.keys import OpeningKey, SigningKey, VerifyKey
+from shared.protection.sealed import Context, check_instruction, open_sealed, seal, sign_instruction
+
+NEWEST = "aggregator-keys.json"  # in the site's folder
+REPLY, REFUSAL = b"\0", b"\1"  # first byte of what is sealed
+REFUSAL_BYTES = 16  # of a code, filled up with zeros: the length tells nothing
+MOST_STATEMENT_BYTES = 2**14
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a site said, and nobody else could have said or read."""
+
+    kind: Literal["reply", "refusal"]
+    content: bytes
+
+
+class AggregatorChannel:
+    """The aggregator's end.
+
+    Args:
+        statement: of the keys in force, signed by the federation's identity.
+        opening: the key in force, and during a rotation the one before.
+        sites: site id to the key that its answers are signed with: the roster.
+    """
+
+    def __init__(
+        self, federation: str, *, statement: bytes, signing: SigningKey, opening: tuple[OpeningKey, ...],
+        sites: Mapping[str, VerifyKey],
+    ) -> None:  # fmt: skip
+        self.federation, self.statement, self.sites = federation, statement, sites
+        self._signing = signing
+        self._opening = {key.public.id: key for key in opening}
+
+    def sign(self, records_digest: bytes) -> bytes:
+        return sign_instruction(records_digest, federation=self.federation, by=self._signing)
+
+    def open(self, sealed: bytes, *, context: Context) -> Opened:
+        """Raises `TrustError`: no site of the roster, or not its answer to this question."""
+        if context.federation != self.federation or context.site not in self.sites:
+            raise TrustError(f"'{context.site}' is no site of federation {self.federation}")
+        content = open_sealed(sealed, keys=self._opening, by=self.sites[context.site], context=context)
+        if content[:1] not in (REPLY, REFUSAL):
+            raise TrustError(f"the reply of site {context.site} is of an unknown kind")
+        if content[:1] == REPLY:
+            return Opened("reply", content[1:])
+        return Opened("refusal", content[1:].rstrip(b"\0"))
+
+
+class SiteChannel:
+    """The site's end."""
+
+    def __init__(self, folder: Path, federation: Federation, *, site: str, signing: SigningKey) -> None:
+        """
+        Args:
+            folder: of the site; holds the statement of the newest keys, from the kit on.
+        Raises:
+            TrustError: that statement is missing or damaged.
+        """
+        self.federation, self.site = federation, site
+        self._path, self._signing = folder / NEWEST, signing
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            raise TrustError(f"{self._path} cannot be read: {error.strerror or error}") from None
+        # Read as of their own first moment: keys that ended since still seal a refusal.
+        self._newest = AggregatorKeys.read_whenever(content, federation)
+
+    def check(self, records_digest: bytes, *, statement: bytes, signature: bytes, now: datetime | None = None) -> None:
+        """`TrustError` unless the aggregator signed these records with keys in force, as new as any seen here."""
+        if len(statement) > MOST_STATEMENT_BYTES:
+            raise TrustError("the statement of the aggregator's keys is too long")
+        keys = AggregatorKeys.read(statement, self.federation, now=now)
+        if keys.serial < self._newest.serial:
+            raise TrustError(
+                f"the instruction is signed with the keys {keys.serial}, and the keys {self._newest.serial} have been"
+                " in force here already",
+                hint="rotated keys stay rotated; the operator signs with the newest",
+            )
+        if keys.serial == self._newest.serial and keys != self._newest:
+            raise TrustError(f"there are two statements of the aggregator's keys {keys.serial}")
+        check_instruction(signature, records_digest, federation=self.federation.name, by=keys.signing)
+        if keys.serial > self._newest.serial:
+            write_whole(self._path, statement)
+            self._newest = keys
+
+    def seal(self, kind: Literal["reply", "refusal"], content: bytes, *, context: Context) -> bytes:
+        """To the newest keys. A refusal is a code of at most `REFUSAL_BYTES` ASCII letters."""
+        assert (context.federation, context.site) == (self.federation.name, self.site)
+        whole = REPLY + content if kind == "reply" else REFUSAL + content.ljust(REFUSAL_BYTES, b"\0")
+        assert kind == "reply" or len(content) <= REFUSAL_BYTES
+        return seal(whole, to=self._newest.sealing, by=self._signing, context=context)

@@ -1,0 +1,269 @@
+"""Key pairs in files that only their owner can read, and fingerprints that two people can compare by telephone.
+
+    signing   Ed25519: a federation's identity, the aggregator's instructions, a site's replies and requests
+    sealing   X25519 and ML-KEM-768 together, the recipient of HPKE: broken only when both are
+
+A private key file is PEM (PKCS #8), one block for each part, mode 0600, with a passphrase where one is given. It is
+written whole or not at all and never replaced. Public keys are raw bytes, base64 in JSON.
+Sources: RFC 8032 (Ed25519), RFC 7748 (X25519), FIPS 203 (ML-KEM), RFC 9180 (HPKE), RFC 7468 (PEM).
+The key of a Flower node is Flower's kind, and is only made and read here.
+Not here: keys of TLS (`shared.protection.certificates`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey, MLKEM768X25519PublicKey
+
+from shared.disk import fsync_folder
+from shared.errors import TrustError
+
+SIGNATURE_BYTES, SIGNING_BYTES = 64, 32
+MLKEM_BYTES, X25519_BYTES = 1184, 32
+SEALING_BYTES = MLKEM_BYTES + X25519_BYTES
+MOST_KEY_BYTES = 2**16
+GROUPS = 6  # of four letters of a fingerprint, 5 bits each: 120 bits, out of reach of a search for a second preimage
+_BLOCK = re.compile(rb"-----BEGIN [A-Z ]+-----.+?-----END [A-Z ]+-----\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class VerifyKey:
+    """The public half of a `SigningKey`: 32 bytes."""
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != SIGNING_BYTES:
+            raise TrustError(f"a public signing key has {SIGNING_BYTES} bytes, not {len(self.raw)}")
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        return cls(from_base64(text))
+
+    @property
+    def text(self) -> str:
+        return to_base64(self.raw)
+
+    def check(self, signature: bytes, content: bytes, what: str) -> None:
+        """`TrustError` unless the signature over exactly this content is by this key; `what` names it to a person."""
+        try:
+            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, content)
+        except (InvalidSignature, ValueError):
+            raise TrustError(
+                f"{what} is not signed by the key {fingerprint(self.raw)}",
+                hint="it was changed on the way, or is by somebody else: use nothing of it",
+            ) from None
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """Ed25519. Its text form shows nothing of it."""
+
+    _private: Ed25519PrivateKey = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> Self:
+        return cls(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def read(cls, path: Path, *, passphrase: bytes | None = None) -> Self:
+        """Raises `TrustError` when it is missing, damaged, readable by others, or needs another passphrase."""
+        return cls(_only(_read_private(path, (Ed25519PrivateKey,), passphrase)))
+
+    def write(self, path: Path, *, passphrase: bytes | None = None) -> None:
+        """Raises `TrustError` when there is a file already: a key is never replaced by the way."""
+        write_private(path, _pem([self._private], passphrase))
+
+    @property
+    def public(self) -> VerifyKey:
+        return VerifyKey(self._private.public_key().public_bytes_raw())
+
+    def sign(self, content: bytes) -> bytes:
+        return self._private.sign(content)
+
+
+@dataclass(frozen=True)
+class SealFor:
+    """The public half of an `OpeningKey`: the recipient of sealed replies. ML-KEM's 1,184 bytes, then X25519's 32."""
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != SEALING_BYTES:
+            raise TrustError(f"a public sealing key has {SEALING_BYTES} bytes, not {len(self.raw)}")
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        return cls(from_base64(text))
+
+    @property
+    def text(self) -> str:
+        return to_base64(self.raw)
+
+    @property
+    def id(self) -> bytes:
+        """8 bytes that name the key in an envelope."""
+        return hashlib.sha256(self.raw).digest()[:8]
+
+    def hpke(self) -> MLKEM768X25519PublicKey:
+        try:
+            return MLKEM768X25519PublicKey(
+                MLKEM768PublicKey.from_public_bytes(self.raw[:MLKEM_BYTES]),
+                X25519PublicKey.from_public_bytes(self.raw[MLKEM_BYTES:]),
+            )
+        except ValueError:
+            raise TrustError(f"the public sealing key {self.id.hex()} is none") from None
+
+
+@dataclass(frozen=True)
+class OpeningKey:
+    """X25519 and ML-KEM-768, of the aggregator. Its text form shows nothing of it."""
+
+    _mlkem: MLKEM768PrivateKey = field(repr=False)
+    _x25519: X25519PrivateKey = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> Self:
+        return cls(MLKEM768PrivateKey.generate(), X25519PrivateKey.generate())
+
+    @classmethod
+    def read(cls, path: Path, *, passphrase: bytes | None = None) -> Self:
+        """Raises `TrustError` as `SigningKey.read` does."""
+        mlkem, x25519 = _read_private(path, (MLKEM768PrivateKey, X25519PrivateKey), passphrase)
+        return cls(mlkem, x25519)
+
+    def write(self, path: Path, *, passphrase: bytes | None = None) -> None:
+        """Raises `TrustError` when there is a file already."""
+        write_private(path, _pem([self._mlkem, self._x25519], passphrase))
+
+    @property
+    def public(self) -> SealFor:
+        return SealFor(
+            self._mlkem.public_key().public_bytes_raw() + self._x25519.public_key().public_bytes_raw()
+        )
+
+    def hpke(self) -> MLKEM768X25519PrivateKey:
+        return MLKEM768X25519PrivateKey(self._mlkem, self._x25519)
+
+
+def write_node_key(path: Path) -> None:
+    """The key that Flower knows a node by: ECDSA P-384 in OpenSSH's form; `TrustError` when there is one already."""
+    private = ec.generate_private_key(ec.SECP384R1())
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    write_private(path, private.private_bytes(*form))
+
+
+def read_node_key(path: Path) -> str:
+    """Its public half in one line, as OpenSSH writes it; `TrustError` when it cannot be read."""
+    try:
+        private = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise TrustError(f"the node's key {path} cannot be read: {error}") from None
+    public = private.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return public.decode()
+
+
+def fingerprint(content: bytes) -> str:
+    """Six groups of four letters and digits, such as `k3xa 7mqe 2zpd w4hu tn6c yb5s`: 120 bits of SHA-256.
+
+    Base32 has neither 0, 1, 8 nor 9, so that nothing is misread for a letter.
+    """
+    letters = base64.b32encode(hashlib.sha256(content).digest()).decode().lower()
+    return " ".join(letters[4 * place : 4 * place + 4] for place in range(GROUPS))
+
+
+def to_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def from_base64(text: str) -> bytes:
+    """Raises `TrustError`; only the one way to write the bytes is read."""
+    try:
+        content = base64.b64decode(text.encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError, ValueError):
+        raise TrustError("a key or signature is not base64") from None
+    if to_base64(content) != text:
+        raise TrustError("a key or signature is not base64 in its one form")
+    return content
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Appears whole, mode 0600 from its first moment; `TrustError` when something of that name is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            os.fchmod(descriptor, 0o600)
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        try:
+            os.link(partial, path)  # unlike a rename it fails where the name is taken
+        except FileExistsError:
+            raise TrustError(
+                f"there is a key at {path} already", hint="a key is never replaced by the way: move it first"
+            ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def _pem(keys: Sequence[Any], passphrase: bytes | None) -> bytes:
+    how: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        how = serialization.BestAvailableEncryption(passphrase)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how
+    return b"".join(key.private_bytes(*form) for key in keys)
+
+
+def _read_private(path: Path, kinds: Sequence[type], passphrase: bytes | None) -> list[Any]:
+    try:
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            content = file.read(MOST_KEY_BYTES + 1)
+    except OSError as error:
+        raise TrustError(f"the key {path} cannot be read: {error.strerror or error}") from None
+    if about.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise TrustError(
+            f"the key {path} can be read by others than its owner (mode {stat.S_IMODE(about.st_mode):o})",
+            hint=f"chmod 600 {path}; if others have had access, make new keys",
+        )
+    blocks = _BLOCK.findall(content)
+    if b"".join(blocks) != content or len(blocks) != len(kinds) or len(content) > MOST_KEY_BYTES:
+        raise TrustError(f"{path} holds no private key of the kind that is wanted")
+    keys = []
+    for block, kind in zip(blocks, kinds, strict=True):
+        key = None
+        with contextlib.suppress(ValueError, TypeError):
+            key = serialization.load_pem_private_key(block, passphrase)
+        if key is None and b"ENCRYPTED" in block.splitlines()[0]:
+            raise TrustError(f"the passphrase of the key {path} is {'wrong' if passphrase else 'missing'}")
+        if not isinstance(key, kind):
+            raise TrustError(f"{path} holds no private key of the kind that is wanted")
+        keys.append(key)
+    return keys
+
+
+def _only(keys: Sequence[Any]) -> Any:
+    (key,) = keys
+    return key
