@@ -64,6 +64,20 @@ class Asked(Protocol):
     def digest(self) -> str: ...
 
 
+@dataclass(frozen=True)
+class KeptReply:
+    """An answer that left, or was about to.
+
+    Attributes:
+        leaves: what leaves the site: an envelope (`shared.records.pack_envelope`), or between institutions its sealed
+            form, which nobody here can open and which would be another one if it were sealed again.
+        head: of the run, as the envelope holds it; whether its charge is in a ledger is asked by it.
+    """
+
+    leaves: bytes
+    head: str
+
+
 class SiteAccount:
     """Opened once a process; everything that spends happens inside `with account.locked():`."""
 
@@ -71,7 +85,7 @@ class SiteAccount:
         self.folder, self.store, self.lineage = folder, store, lineage
         self.ledger = Ledger(store / lineage, anchor=folder / ANCHOR)
         self._others: dict[str, Ledger] = {}
-        self._in_memory: dict[str, tuple[str, bytes]] = {}  # of a simulated site: run to instruction and envelope
+        self._in_memory: dict[str, tuple[str, KeptReply]] = {}  # of a simulated site: run to instruction and reply
 
     @property
     def durable(self) -> bool:
@@ -170,27 +184,33 @@ class SiteAccount:
 
     # ---- the last reply
 
-    def stored_reply(self, instruction: Asked) -> bytes | None:
-        """The envelope that already answered this very instruction, or `None`."""
+    def stored_reply(self, instruction: Asked) -> KeptReply | None:
+        """What already answered this very instruction, or `None`."""
         if not self.durable:
-            asked, envelope = self._in_memory.get(instruction.run_id, ("", b""))
-            return envelope if asked == instruction.digest else None
-        try:
-            header, _, envelope = (self.folder / REPLIES / f"{instruction.run_id}.reply").read_bytes().partition(b"\n")
-            about: dict[str, Any] = json.loads(header)
-        except (OSError, ValueError):
-            return None
-        same = about.get("instruction") == instruction.digest and about.get("bytes") == len(envelope)
-        return envelope if same else None
+            known = self._in_memory.get(instruction.run_id)
+            return known[1] if known is not None and known[0] == instruction.digest else None
+        found = read_reply(self.folder / REPLIES / f"{instruction.run_id}.reply")
+        return found[1] if found is not None and found[0] == instruction.digest else None
 
-    def store_reply(self, instruction: Asked, envelope: bytes) -> None:
+    def store_reply(self, instruction: Asked, kept: KeptReply) -> None:
         if not self.durable:
-            self._in_memory[instruction.run_id] = (instruction.digest, envelope)
+            self._in_memory[instruction.run_id] = (instruction.digest, kept)
             return
         make_folder(self.folder / REPLIES, durable=True)
         path = self.folder / REPLIES / f"{instruction.run_id}.reply"
-        header = json.dumps({"instruction": instruction.digest, "bytes": len(envelope)}).encode()
-        write_note(path, header + b"\n" + envelope, durable=True)
+        about = {"instruction": instruction.digest, "bytes": len(kept.leaves), "head": kept.head}
+        write_note(path, json.dumps(about).encode() + b"\n" + kept.leaves, durable=True)
+
+
+def read_reply(path: Path) -> tuple[str, KeptReply] | None:
+    """(digest of the instruction that it answers, the reply); `None` where there is none, or a damaged one."""
+    try:
+        header, _, content = path.read_bytes().partition(b"\n")
+        about: dict[str, Any] = json.loads(header)
+        digest, size, head = about["instruction"], about["bytes"], about["head"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (digest, KeptReply(content, head)) if size == len(content) else None
 
 
 def default_store() -> Path:

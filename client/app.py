@@ -6,26 +6,31 @@ every path ends in a reply, and one that went wrong in a refusal code. Loads not
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.gate import Slot, build
+from client.gate import SealedRefusal, Slot, build
+from client.membership import question_of
 from client.settings import RELEASE_CODE, SETTINGS, log_exception, note_refusal
 from client.site import Site, SiteRefusal, open_site
-from shared.errors import ConfigError, FederationError, ProtocolError
+from shared.errors import ConfigError, FedCanvasError, FederationError, ProtocolError, TrustError
 from shared.records import (
     MESSAGE_TYPES,
+    NOT_TOLD,
     Refusal,
     RefusalCode,
     RoundInstruction,
     SiteReply,
     decode_instruction,
+    detach_signature,
     encode_reply,
+    records_digest,
 )
 from shared.tree import check_same_tree
 
@@ -58,7 +63,7 @@ def answer(message: Message, context: Context, *, site_dirs: tuple[str, ...] | N
     reply = _answer(message, context, asked, site_dirs=site_dirs, release=release)
     if asked.site is not None and (used := slot.wait(asked.site.slot_seconds)) > 1:
         asked.site.log(f"incident: the answer missed {used - 1} slot(s) of {asked.site.slot_seconds:g} s")
-    return Message(encode_reply(reply), reply_to=message)
+    return Message(encode_reply(_sealed(reply, asked)), reply_to=message)
 
 
 @dataclass
@@ -78,6 +83,7 @@ def _answer(
         if release != RELEASE:
             raise FederationError(f"the run was started by other code than {Path(__file__).parents[1]} holds")
         asked.site = open_site(asked.folder, simulated=simulated)
+        _check_signature(message.content, asked.site)
         asked.instruction = decode_instruction(message.content)
         if MESSAGE_TYPES[asked.instruction.kind] != message.metadata.message_type:
             raise ProtocolError(f"an instruction of kind '{asked.instruction.kind}' came as another message type")
@@ -86,12 +92,40 @@ def _answer(
         if asked.site:
             asked.site.log(f"refused ({refusal.code}): {refusal.reason}")
         return _refuse(refusal.code, asked)
-    except ProtocolError as error:
+    except (ProtocolError, TrustError) as error:
         return _refuse(RefusalCode.MESSAGE, asked, error)
     except FederationError as error:
         return _refuse(RefusalCode.RELEASE, asked, error)
     except Exception as error:
         return _refuse(RefusalCode.SITE, asked, error)
+
+
+def _check_signature(records: RecordDict, site: Site) -> None:
+    """`TrustError` unless the aggregator of the site's federation signed it: nothing of it was decoded before this."""
+    if site.channel is not None:
+        digest = records_digest(records)
+        statement, signature = detach_signature(records)
+        site.channel.check(digest, statement=statement, signature=signature)
+
+
+def refuse_bundle(message: Message, folder: Path, digest: str) -> Message:
+    """The answer to whatever came with another bundle than this release's; nothing of the message is read."""
+    asked = _Asked(folder)
+    with contextlib.suppress(FedCanvasError):
+        asked.site = open_site(folder, simulated=False)
+    error = FederationError(f"the message came with the bundle {digest}, which the site's policy does not allow")
+    return Message(encode_reply(_sealed(_refuse(RefusalCode.RELEASE, asked, error), asked)), reply_to=message)
+
+
+def _sealed(reply: SiteReply | Refusal, asked: _Asked) -> SiteReply | Refusal:
+    """Between institutions a refusal is sealed as a reply is; a reply was, before the ledger noted that it leaves."""
+    channel = asked.site.channel if asked.site is not None else None
+    if channel is None or isinstance(reply, SiteReply):
+        return reply
+    known = asked.instruction
+    content = channel.seal("refusal", reply.code.encode(), context=question_of(channel, known))
+    run_id, server_round = (NOT_TOLD, 0) if known is None else (known.run_id, known.server_round)
+    return build(SealedRefusal(run_id, server_round, content), site_id=channel.site)
 
 
 def _refuse(code: RefusalCode, asked: _Asked, error: Exception | None = None) -> Refusal:

@@ -1,8 +1,8 @@
 """The one function that builds what leaves a site. It fails closed: what is not on the list does not pass.
 
-The list has three entries: a vector of lattice integers whose length is fixed by public settings alone, with the
-run's head in the site's ledger behind it; the two lattice integers that answer a charged question, with the same; and
-a refusal, a code of a fixed list and never a text.
+The list has five entries: a vector of lattice integers whose length is fixed by public settings alone, with the
+run's head in the site's ledger behind it; the two lattice integers that answer a charged question, with the same; a
+refusal, a code of a fixed list and never a text; and the first and the last of these sealed, whose length follows.
 `Slot` keeps when it leaves apart from how long the work took. Not here: clipping, noise and the charge; the
 vector that comes in has them behind it.
 """
@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.errors import ProtocolError
+from shared.protection.channel import REFUSAL_BYTES
+from shared.protection.sealed import MAGIC, OVERHEAD
 from shared.records import (
     DIGEST,
+    HEAD_BYTES,
     LATTICE_LIMIT,
     MESSAGE_TYPES,
     NAME,
@@ -47,6 +50,32 @@ class Release:
 
 
 @dataclass(frozen=True, eq=False)
+class SealedRelease:
+    """What a site that joined a federation would answer: a `Release` that passed, sealed to the aggregator.
+
+    Attributes:
+        length: entries of the payload inside, by the public plan.
+    """
+
+    instruction: RoundInstruction
+    sealed: bytes
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class SealedRefusal:
+    """A refusal's code, sealed; every code makes the same number of bytes.
+
+    Attributes:
+        run_id: `NOT_TOLD` where the site could not read which run it was asked about; the round is 0 then.
+    """
+
+    run_id: str
+    server_round: int
+    sealed: bytes
+
+
+@dataclass(frozen=True, eq=False)
 class QueryRelease:
     """What a site would answer to a question that a person there asked (`client.query`).
 
@@ -60,7 +89,9 @@ class QueryRelease:
     head: str
 
 
-def build(content: Release | QueryRelease | RefusalCode, *, site_id: str) -> SiteReply | Refusal:
+def build(
+    content: Release | QueryRelease | RefusalCode | SealedRelease | SealedRefusal, *, site_id: str
+) -> SiteReply | Refusal:
     """What leaves the site `site_id`.
 
     Raises:
@@ -70,8 +101,10 @@ def build(content: Release | QueryRelease | RefusalCode, *, site_id: str) -> Sit
         raise ProtocolError("a site id is not 1 to 64 letters, digits, dots, dashes or underscores")
     if isinstance(content, RefusalCode):
         return Refusal(site_id, content)
-    if type(content) not in (Release, QueryRelease) or not site_id:
+    if type(content) not in (Release, QueryRelease, SealedRelease, SealedRefusal) or not site_id:
         raise ProtocolError("neither a release nor a refusal code")
+    if isinstance(content, SealedRelease | SealedRefusal):
+        return _sealed(content, site_id)
     payload = content.payload
     if isinstance(content, QueryRelease):
         run_id, server_round, length = content.run_id, 0, QUERY_LENGTH
@@ -97,6 +130,23 @@ def build(content: Release | QueryRelease | RefusalCode, *, site_id: str) -> Sit
         site_id=site_id,
         envelope=pack_envelope(payload, content.head),
     )
+
+
+def _sealed(content: SealedRelease | SealedRefusal, site_id: str) -> SiteReply:
+    if isinstance(content, SealedRefusal):
+        run_id, server_round, size = content.run_id, content.server_round, REFUSAL_BYTES
+        if not NAME.fullmatch(run_id):
+            raise ProtocolError("a run id is not 1 to 64 letters, digits, dots, dashes or underscores")
+    else:
+        instruction, size = content.instruction, 8 * content.length + HEAD_BYTES
+        run_id, server_round = instruction.run_id, instruction.server_round
+        if instruction.kind not in MESSAGE_TYPES:
+            raise ProtocolError(f"nothing of kind '{instruction.kind}' may leave a site")
+    if type(content.sealed) is not bytes or content.sealed[: len(MAGIC)] != MAGIC:
+        raise ProtocolError("what should be sealed is not")
+    if len(content.sealed) != 1 + size + OVERHEAD:
+        raise ProtocolError(f"what is sealed has not the {1 + size + OVERHEAD} bytes that the public plan says")
+    return SiteReply(run_id, server_round, site_id, content.sealed)
 
 
 class Slot:

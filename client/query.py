@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.account import SiteAccount
+from client.account import KeptReply, SiteAccount
 from client.data_check import open_as_training
 from client.gate import QUERY_LENGTH, QueryRelease, build
 from client.policy import FILE as POLICY
@@ -142,7 +142,7 @@ def answer(site: Site, question: Question) -> Answer:
                 f"run {asked.run_id} was closed here while it was answered: {closed}",
                 hint="its epsilon is spent and nothing left the site",
             )
-        account.store_reply(asked, reply.envelope)
+        account.store_reply(asked, KeptReply(reply.envelope, charge.head))
         account.ledger.commit(
             charge, size=len(reply.envelope), sha256=_sha256(reply.envelope),
             fields=[["payload", "int64", [QUERY_LENGTH]], ["head", "uint8", [HEAD_BYTES]]],
@@ -236,9 +236,9 @@ def _place(site: Site, question: Question) -> tuple[AskedHere, RunAccount | None
                 hint="a closed run stays closed; another epsilon makes another question",
             )
         if own is not None:
-            envelope = account.stored_reply(asked)
-            if envelope is not None and envelope[-HEAD_BYTES:].hex() in own.heads:  # else it is not of this ledger
-                return asked, own, envelope
+            kept = account.stored_reply(asked)
+            if kept is not None and kept.head in own.heads:  # else it is not of this ledger
+                return asked, own, kept.leaves
         if site.entropy.simulated or not any(run.charges for run in known):
             return asked, known[0] if known else None, None
     raise AssertionError("attempts are not counted to an end")

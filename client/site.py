@@ -26,8 +26,9 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from client.account import ProposedRun, SiteAccount
-from client.gate import Release, build
+from client.account import KeptReply, ProposedRun, SiteAccount
+from client.gate import Release, SealedRelease, build
+from client.membership import open_channel, question_of
 from client.policy import SitePolicy
 from client.settings import OVERFLOW_SHARE, RELEASE_CODE, SETTINGS, SiteConfig, log
 from client.training import (
@@ -59,7 +60,7 @@ from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.prompts import PromptPool
-from shared.records import HEAD_BYTES, RefusalCode, RoundInstruction, SiteReply, unpack_envelope
+from shared.records import RefusalCode, RoundInstruction, SiteReply, unpack_envelope
 from shared.text import CaptionEncoder, build_encoder
 
 MOST_PENDING = 100  # proposed runs that wait for a person; a server may think of new names for ever
@@ -114,6 +115,7 @@ class Site:
         self.account = SiteAccount(folder, store=folder / self.config.store, lineage=self.config.lineage)
         if self.account.ledger.lineage.simulated and not simulated:
             raise ConfigError(f"lineage '{self.config.lineage}' is simulated, and {folder} is a deployed site")
+        self.channel = None if simulated else open_channel(folder, self.site_id)
         self._lock = threading.Lock()
         self._public: PublicSide | None = None
         self._records: PrivateRecords | None = None
@@ -177,12 +179,15 @@ class Site:
         else:
             self._check_admitted(instruction, config, policy, run)
         length = payload_length(instruction, public)
-        envelope = account.stored_reply(instruction)
-        if envelope is not None and envelope[-HEAD_BYTES:].hex() in run.heads:  # else its charge is not in this ledger
-            payload, head = unpack_envelope(envelope, length=length)
-            reply = self._leave(Release(instruction, payload, head, length))
+        kept = account.stored_reply(instruction)
+        if kept is not None and kept.head in run.heads:  # else its charge is not in this ledger
+            if self.channel is None:
+                payload, head = unpack_envelope(kept.leaves, length=length)
+                reply = self._leave(Release(instruction, payload, head, length))
+            else:
+                reply = self._leave(SealedRelease(instruction, kept.leaves, length))
             account.ledger.resend(
-                run_id, server_round=instruction.server_round, size=len(envelope), sha256=_sha256(envelope)
+                run_id, server_round=instruction.server_round, size=len(kept.leaves), sha256=_sha256(kept.leaves)
             )
             self.log(f"run {run_id} round {instruction.server_round}: asked again, the same bytes are sent again")
             return reply
@@ -198,7 +203,10 @@ class Site:
         figures: list[StepFigures] = []
         payload = self._payload(instruction, public, records, rows_cap=self._rows_cap(run), tell=figures.append)
         reply = self._leave(Release(instruction, payload, charge.head, length))
-        account.store_reply(instruction, reply.envelope)
+        if self.channel is not None:
+            sealed = self.channel.seal("reply", reply.envelope, context=question_of(self.channel, instruction))
+            reply = self._leave(SealedRelease(instruction, sealed, length))
+        account.store_reply(instruction, KeptReply(reply.envelope, charge.head))
         account.ledger.commit(
             charge, size=len(reply.envelope), sha256=_sha256(reply.envelope),
             fields=[["payload", "int64", [length]], ["head", "uint8", [32]]],
@@ -219,7 +227,7 @@ class Site:
         prices = [ledger.runs[run.terms.run].price for ledger in self.account.ledgers if run.terms.run in ledger.runs]
         return max(run.terms.rows_cap, *(padded_rows(run.terms.plan, price, published) for price in prices))
 
-    def _leave(self, release: Release) -> SiteReply:
+    def _leave(self, release: Release | SealedRelease) -> SiteReply:
         reply = build(release, site_id=self.site_id)
         assert isinstance(reply, SiteReply)
         return reply

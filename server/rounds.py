@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import Message
@@ -19,19 +19,24 @@ from flwr.serverapp import Grid
 from server.aggregation import combine
 from server.training import ServerTraining
 from shared.config import RunConfig
-from shared.errors import BudgetExhausted, FederationError, ProtocolError
+from shared.errors import BudgetExhausted, FederationError, ProtocolError, TrustError
 from shared.models import flat_parameters, parameter_count
 from shared.observer import Observer
 from shared.privacy.plan import PrivacyPlan
 from shared.prompts import PromptPool
+from shared.protection.channel import AggregatorChannel
+from shared.protection.sealed import Context
 from shared.records import (
     MESSAGE_TYPES,
+    NOT_TOLD,
     Refusal,
     RefusalCode,
     RoundInstruction,
     SiteReply,
+    attach_signature,
     decode_reply,
     encode_instruction,
+    records_digest,
 )
 from shared.rundir import RunDirectory
 
@@ -73,19 +78,20 @@ class Outcome:
 def run_rounds(
     grid: Grid, *, config: RunConfig, plan: PrivacyPlan, training: ServerTraining, rundir: RunDirectory,
     prompts: PromptPool, observer: Observer, evaluate: Callable[[int], None] | None = None,
-    reply_seconds: float = REPLY_SECONDS,
+    reply_seconds: float = REPLY_SECONDS, channel: AggregatorChannel | None = None,
 ) -> Outcome:  # fmt: skip
     """All rounds that the run directory does not hold yet, the warm start before them.
 
     Args:
         training: fresh; the last checkpoint of `rundir` is loaded into it.
         evaluate: called with the round every `evaluation.every` rounds and after the last.
+        channel: between institutions: instructions are signed, and only sealed answers count.
     Raises:
         FederationError, ProtocolError: a site refused, failed, or answered what is no answer.
         BudgetExhausted: the slack for repeated rounds is used up.
     """
     rounds, fewest = config.federation.rounds, config.federation.fewest_sites or config.federation.sites
-    sites = Sites(grid, config.federation.sites, observer, reply_seconds, fewest=fewest)
+    sites = Sites(grid, config.federation.sites, observer, reply_seconds, fewest=fewest, channel=channel)
     server_round = 0 if config.warm_start.enabled else 1
     if (checkpoint := rundir.load_latest_checkpoint()) is not None:
         training.load_state_dict(checkpoint[1])
@@ -157,7 +163,11 @@ def next_instruction(
 class Sites:
     """The nodes of a federation, each held to the site id of its first reply; one that refused is not asked again."""
 
-    def __init__(self, grid: Grid, count: int, observer: Observer, reply_seconds: float, *, fewest: int) -> None:
+    def __init__(
+        self, grid: Grid, count: int, observer: Observer, reply_seconds: float, *, fewest: int,
+        channel: AggregatorChannel | None = None,
+    ) -> None:  # fmt: skip
+        self.channel = channel
         self.grid, self.count, self.observer, self.reply_seconds = grid, count, observer, reply_seconds
         self.fewest = fewest
         self.names: dict[int, str] = {}
@@ -189,6 +199,9 @@ class Sites:
             ProtocolError: a reply that cannot be read, or one under another site's id.
         """
         content, kind = encode_instruction(instruction), MESSAGE_TYPES[instruction.kind]
+        if self.channel is not None:
+            signature = self.channel.sign(records_digest(content))
+            attach_signature(content, keys=self.channel.statement, signature=signature)
         group = str(instruction.server_round)
         messages = [
             Message(content, node, kind, group_id=group, ttl=self.reply_seconds) for node in self.node_ids
@@ -229,7 +242,9 @@ class Sites:
             )
         try:
             reply = decode_reply(message.content)
-        except ProtocolError as error:
+            if self.channel is not None:
+                reply = opened(reply, self.channel, instruction)
+        except (ProtocolError, TrustError) as error:
             raise ProtocolError(f"{place}: {error.message}", hint=error.hint) from None
         if isinstance(reply, Refusal):
             return reply
@@ -241,6 +256,32 @@ class Sites:
 
     def _name(self, node: int) -> str:
         return f"site {self.names[node]}" if node in self.names else f"node {node}"
+
+
+def opened(
+    reply: SiteReply | Refusal, channel: AggregatorChannel, instruction: RoundInstruction
+) -> SiteReply | Refusal:
+    """What is inside a sealed answer to `instruction`; `TrustError` or `ProtocolError` where it is none.
+
+    A site that could not read the instruction refuses in a context without one, and can say nothing else there.
+    """
+    if isinstance(reply, Refusal):
+        raise ProtocolError("a refusal came in clear, between institutions it is sealed")
+    context = Context(channel.federation, "", reply.site_id, 0)
+    if (reply.run_id, reply.server_round) != (NOT_TOLD, 0):
+        context = Context(
+            channel.federation, instruction.run_id, reply.site_id, instruction.server_round,
+            instruction.config_digest, instruction.digest,
+        )  # fmt: skip
+    found = channel.open(reply.envelope, context=context)
+    if found.kind == "refusal":
+        code = found.content.decode("ascii", "replace")
+        if code not in set(RefusalCode):
+            raise ProtocolError("the refusal has an unknown code")
+        return Refusal(reply.site_id, RefusalCode(code))
+    if not context.run:
+        raise ProtocolError("a reply answers no instruction")
+    return replace(reply, envelope=found.content)
 
 
 def stream_replies(grid: Grid, message_ids: set[str], *, seconds: float) -> Iterator[Message]:

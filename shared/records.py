@@ -6,7 +6,9 @@
     reply:       record "reply": version, run-id, server-round, site-id; arrays "envelope": payload (|u1)
     refusal:     record "refusal": version, site-id, code
 
-An envelope is a site's integers and then 32 bytes, the head of the run in the site's ledger.
+An envelope is a site's integers and then 32 bytes, the head of the run in the site's ledger. Between institutions an
+instruction also has the record "signature" (version, keys, signature: `shared.protection.channel`), and what comes up
+is always a reply whose payload is sealed, a refusal inside it too.
 
 Arrays are raw little-endian bytes with their type and shape beside them: nothing is unpickled, no numpy
 header is parsed, and an array of objects cannot be written down. Readers refuse another version, unknown
@@ -49,6 +51,7 @@ LATTICE_LIMIT = 2**48
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")  # run and site ids
 DIGEST = re.compile(r"[0-9a-f]{64}")
 HEAD_BYTES = 32
+NOT_TOLD = "unknown"  # the run id of a refusal by a site that could not read which run it was asked about
 RAW = "fedcanvas.raw"  # Flower's `stype`: how to read `data`
 
 Kind = Literal["train", "moments"]
@@ -193,6 +196,47 @@ def decode_instruction(records: RecordDict) -> RoundInstruction:
     )
 
 
+def records_digest(records: RecordDict) -> bytes:
+    """SHA-256 of everything in `records` but the record "signature", whatever it means: what an aggregator signs.
+
+    Over the names in ascending order, each with its values as canonical JSON or, of arrays, type, shape and bytes; all
+    with their length before them, so that no two contents have one text. `ProtocolError` where it holds anything that
+    has no such form.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(records.keys() - {"signature"}):
+        record = records[name]
+        if type(record) is ConfigRecord:
+            values = dict(record.items())
+            if not all(_is_plain(value) for value in values.values()):
+                raise ProtocolError("a record holds a value that cannot be signed")
+            _add(digest, b"config", name.encode(), json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+        elif type(record) is ArrayRecord:
+            _add(digest, b"arrays", name.encode(), str(len(record)).encode())
+            for key in sorted(record.keys()):
+                array = record[key]
+                about = json.dumps([array.dtype, list(array.shape), array.stype]).encode()
+                _add(digest, key.encode(), about, array.data)
+        else:
+            raise ProtocolError("a message holds a record that cannot be signed")
+    return digest.digest()
+
+
+def attach_signature(records: RecordDict, *, keys: bytes, signature: bytes) -> None:
+    """Adds the record "signature": the statement of the aggregator's keys, and its signature over `records_digest`."""
+    table: dict[str, Any] = {"version": PROTOCOL_VERSION, "keys": keys.decode(), "signature": signature}
+    records["signature"] = ConfigRecord(table)
+
+
+def detach_signature(records: RecordDict) -> tuple[bytes, bytes]:
+    """(statement of keys, signature); the record is gone then. `ProtocolError` where it is missing or malformed."""
+    if "signature" not in records:
+        raise ProtocolError("the instruction is not signed")
+    table = _read_table(records, "signature", {"version": int, "keys": str, "signature": bytes})
+    del records["signature"]
+    return table["keys"].encode(), table["signature"]
+
+
 def encode_reply(reply: SiteReply | Refusal) -> RecordDict:
     if isinstance(reply, Refusal):
         refusal: dict[str, Any] = {
@@ -255,6 +299,18 @@ def unpack_envelope(envelope: bytes, *, length: int) -> tuple[np.ndarray, str]:
     if len(envelope) != 8 * length + HEAD_BYTES:
         raise ProtocolError(f"an envelope holds {len(envelope)} bytes, the plan says {8 * length + HEAD_BYTES}")
     return unpack_lattice(envelope[:-HEAD_BYTES], length=length), envelope[-HEAD_BYTES:].hex()
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is list:
+        return all(type(one) in (str, int, bool) for one in value)
+    return type(value) in (str, int, bool)
+
+
+def _add(digest: Any, *parts: bytes) -> None:
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
 
 
 def _read_heads(lines: list[Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,14 @@ from shared.records import (
     RefusalCode,
     RoundInstruction,
     SiteReply,
+    attach_signature,
     decode_instruction,
     decode_reply,
+    detach_signature,
     encode_instruction,
     encode_reply,
     pack_envelope,
+    records_digest,
 )
 
 HEAD = "0123456789abcdef" * 4
@@ -404,3 +408,77 @@ def test_the_digest_of_an_instruction_names_all_that_is_asked_for_and_not_how_of
     ]  # fmt: skip
     digests = {dataclasses.replace(asked, **changes).digest for changes in others}
     assert len(digests | {asked.digest}) == len(others) + 1
+
+
+# ---- what an aggregator signs
+
+
+def changed_records() -> dict[str, Callable[[RecordDict], None]]:
+    """Every way to change one thing of an instruction with fakes."""
+
+    def value(name: str, key: str, new: Any) -> Callable[[RecordDict], None]:
+        def change(records: RecordDict) -> None:
+            records[name][key] = new
+
+        return change
+
+    def array(name: str, key: str, **changes: Any) -> Callable[[RecordDict], None]:
+        def change(records: RecordDict) -> None:
+            old = records[name][key]
+            about = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data, **changes}
+            records[name][key] = Array(**about)
+
+        return change
+
+    return {
+        "run": value("instruction", "run-id", "0123456789abcdee"),
+        "round": value("instruction", "server-round", 4),
+        "attempt": value("instruction", "attempt", 2),
+        "a bool for an int": value("instruction", "attempt", True),
+        "prompts": value("instruction", "prompts", ["a red circle"]),
+        "prompts cut elsewhere": value("instruction", "prompts", ["a red circleein blaues Dreieck"]),
+        "heads": value("instruction", "heads", []),
+        "one more value": value("instruction", "more", 1),
+        "a weight": array("weights", "values", data=np.linspace(-1, 2, 7, dtype=np.float32).tobytes()),
+        "shape": array("weights", "values", shape=(7, 1)),
+        "type": array("weights", "values", dtype="<i4"),
+        "how it is read": array("weights", "values", stype="numpy.ndarray"),
+        "a fake": array("fakes", "prompt-indices", data=np.array([1, 1], "<i4").tobytes()),
+        "no fakes": lambda records: records.__delitem__("fakes"),
+        "one more record": lambda records: records.__setitem__("more", ConfigRecord({})),
+        "one more record of arrays": lambda records: records.__setitem__("more", ArrayRecord({})),
+        "one array more": lambda records: records["weights"].__setitem__("more", records["weights"]["values"]),
+    }
+
+
+def with_fakes() -> RecordDict:
+    bank = FakeBank(images=np.zeros((2, 8, 8, 3), np.uint8), prompt_indices=np.array([0, 1], np.int32))
+    return encode_instruction(instruction(fakes=bank))
+
+
+def test_what_is_signed_is_the_same_at_both_ends_of_the_wire() -> None:
+    records = with_fakes()
+    before = records_digest(records)
+    attach_signature(records, keys=b'{"kind":"aggregator-keys"}', signature=b"\x00\xff" * 32)
+    arrived = over_the_wire(records)
+    assert records_digest(arrived) == before
+    assert detach_signature(arrived) == (b'{"kind":"aggregator-keys"}', b"\x00\xff" * 32)
+    assert decode_instruction(arrived).digest == instruction(fakes=decode_instruction(with_fakes()).fakes).digest
+    with pytest.raises(ProtocolError, match="is not signed"):
+        detach_signature(arrived)
+
+
+@pytest.mark.parametrize("what", changed_records())
+def test_whatever_is_changed_has_another_digest(what: str) -> None:
+    records, before = with_fakes(), records_digest(with_fakes())
+    changed_records()[what](records)
+    assert records_digest(records) != before
+
+
+def test_what_has_no_one_form_is_not_signed() -> None:
+    for record in (MetricRecord({"loss": 1.0}), ConfigRecord({"a": 1.5}), ConfigRecord({"a": b"x"}),
+                   ConfigRecord({"a": [1.5]})):  # fmt: skip
+        records = with_fakes()
+        records["more"] = record
+        with pytest.raises(ProtocolError, match="cannot be signed"):
+            records_digest(records)

@@ -1,0 +1,51 @@
+"""What a site holds of the federation that it joined, and its end of the sealed way to the aggregator.
+
+    federation.json        who the federation is (signed by it); its fingerprint was compared by a person
+    aggregator-keys.json   the newest keys of the aggregator (signed by the federation); renewed by instructions
+    keys/signing.pem       the site's own signing key, made here; it never leaves
+    keys/node              the key that Flower knows the site's node by, OpenSSH form, made here; it never leaves
+
+A site without `federation.json` belongs to none: it answers in this process only, such as in a test.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shared.errors import TrustError
+from shared.protection.channel import SiteChannel
+from shared.protection.federation import Federation
+from shared.protection.keys import SigningKey
+from shared.protection.sealed import Context
+from shared.records import RoundInstruction
+
+FEDERATION, SIGNING, NODE = "federation.json", "keys/signing.pem", "keys/node"
+
+
+def open_channel(folder: Path, site_id: str) -> SiteChannel | None:
+    """`None` where no federation was joined; `TrustError` where something of it is missing or damaged."""
+    federation = read_federation(folder)
+    if federation is None:
+        return None
+    return SiteChannel(folder, federation, site=site_id, signing=SigningKey.read(folder / SIGNING))
+
+
+def read_federation(folder: Path) -> Federation | None:
+    path = folder / FEDERATION
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise TrustError(f"{path} cannot be read: {error.strerror or error}") from None
+    return Federation.read(content, what=str(path))
+
+
+def question_of(channel: SiteChannel, instruction: RoundInstruction | None) -> Context:
+    """What an answer is bound to; `None` where the site could not tell what it was asked."""
+    if instruction is None:
+        return Context(channel.federation.name, "", channel.site, 0)
+    return Context(
+        channel.federation.name, instruction.run_id, channel.site, instruction.server_round,
+        instruction.config_digest, instruction.digest,
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""Rounds between institutions: signed on the way down, sealed on the way up, in the same loop and at the same sites."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from deployed_site import CONFIG, OPEN, round_of
+from joined_sites import Operator, sent, signed
+from toy_federation import PROMPTS, make_run, make_sites, toy_config, toy_policy
+
+import client.app
+import client.site
+import server.rounds
+from client.app import make_app
+from client.site import forget_site
+from server.aggregation import Combined, combine
+from server.rounds import Outcome, opened, run_rounds
+from server.training import ServerTraining
+from shared.config import RunConfig
+from shared.errors import FederationError, ProtocolError, TrustError
+from shared.observer import SilentObserver
+from shared.privacy.plan import make_plan
+from shared.protection.channel import SiteChannel
+from shared.protection.sealed import OVERHEAD, Context
+from shared.records import (
+    NOT_TOLD,
+    Refusal,
+    RefusalCode,
+    SiteReply,
+    encode_instruction,
+)
+from shared.text import build_encoder
+from simulations.engines import LocalGrid
+
+RUN_CONFIG = toy_config({"privacy.target-epsilon": 2.0, "privacy.sampling-rate": 1.0, "federation.rounds": 2})
+
+
+@pytest.fixture(autouse=True)
+def sites_of_other_tests_are_forgotten() -> Iterator[None]:
+    yield
+    client.site._SITES.clear()
+
+
+@pytest.fixture
+def operator() -> Operator:
+    return Operator()
+
+
+@pytest.fixture
+def sites(operator: Operator, tmp_path: Path) -> list[Path]:
+    made = make_sites(tmp_path / "sites", seed=None, policy=toy_policy(**OPEN))
+    operator.admit(made)
+    return made
+
+
+def log_of(site: Path) -> str:
+    return (site / "site.log").read_text()
+
+
+def charged(site: Path) -> int:
+    (ledger,) = site.rglob("ledger.jsonl")
+    return sum(json.loads(line)["kind"] == "charge" for line in ledger.read_text().splitlines())
+
+
+class Wire(LocalGrid):
+    """A relay that keeps everything that passes it, and may change what comes up."""
+
+    def __init__(self, sites: list[Path]) -> None:
+        super().__init__(make_app(), sites=len(sites), parallel_sites=1)
+        for context, site in zip(self._contexts.values(), sites, strict=True):
+            context.node_config["site-dir"] = str(site)
+        self.down, self.up = list[bytes](), list[bytes]()
+
+    def _at_site(self, name: str, objects: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
+        self.down += objects.values()
+        reply, answer = super()._at_site(name, objects)
+        self.up += answer.values()
+        return reply, answer
+
+
+def run(path: Path, config: RunConfig, operator: Operator, grid: LocalGrid) -> Outcome:
+    with grid, make_run(path, config) as rundir:
+        plan, encoder = make_plan(config), build_encoder(config.text)
+        training = ServerTraining(config, plan, PROMPTS, encoder)
+        return run_rounds(
+            grid, config=config, plan=plan, training=training, rundir=rundir, prompts=PROMPTS,
+            observer=SilentObserver(), reply_seconds=60.0, channel=operator.channel,
+        )  # fmt: skip
+
+
+def test_a_run_between_institutions_ends_as_any_other_and_the_relay_reads_nothing_of_it(
+    operator: Operator, sites: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear: list[bytes] = []
+    real = SiteChannel.seal
+
+    def watched(self: SiteChannel, kind: Literal["reply", "refusal"], content: bytes, *, context: Context) -> bytes:
+        clear.append(content)
+        return real(self, kind, content, context=context)
+
+    monkeypatch.setattr(SiteChannel, "seal", watched)
+    sums: list[Combined] = []
+    monkeypatch.setattr(
+        server.rounds, "combine", lambda *a, **k: (sums.append(combined := combine(*a, **k)), combined)[1]
+    )
+    wire = Wire(sites)
+    assert run(tmp_path / "run", RUN_CONFIG, operator, wire).rounds == 2
+    # The sums are exactly those of what the sites sealed.
+    values = [np.frombuffer(envelope[:-32], "<i8") for envelope in clear]
+    for place, combined in enumerate(sums):
+        assert combined.replies == 2
+        assert np.array_equal(combined.total, values[2 * place] + values[2 * place + 1])
+    passed = b"".join(wire.up)
+    assert len(clear) == 4
+    for envelope in clear:
+        assert len(envelope) > 1000
+        for start in range(0, len(envelope) - 16, 997):
+            assert envelope[start : start + 16] not in passed
+        assert envelope[-32:] not in passed  # nor the head of the ledger
+    assert [charged(site) for site in sites] == [2, 2]
+
+
+def test_an_instruction_that_nobody_signed_is_not_even_decoded_and_refused_in_secret(
+    operator: Operator, sites: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.app, "decode_instruction", lambda records: pytest.fail("decoded"))
+    asked, thief = round_of(), Operator()
+    wrong = {
+        "is not signed": encode_instruction(asked),
+        "is not signed by the key": signed(thief.channel, asked),
+    }
+    changed = signed(operator.channel, asked)
+    changed["instruction"]["attempt"] = 2
+    wrong["the instruction is not signed by the key"] = changed
+    for reason, records in wrong.items():
+        reply = sent(sites[0], records)
+        assert isinstance(reply, SiteReply)
+        assert (reply.run_id, reply.server_round) == (NOT_TOLD, 0)
+        assert b"message" not in reply.envelope
+        assert opened(reply, operator.channel, asked) == Refusal("site-0", RefusalCode.MESSAGE)
+        assert reason in log_of(sites[0])
+    assert charged(sites[0]) == 0
+
+
+def test_a_refusal_is_sealed_and_bound_to_its_round(operator: Operator, sites: list[Path]) -> None:
+    asked = round_of()
+    (sites[0] / "policy.toml").write_text(toy_policy(models=["front"]).to_toml())
+    reply = sent(sites[0], signed(operator.channel, asked))
+    assert isinstance(reply, SiteReply)
+    assert opened(reply, operator.channel, asked) == Refusal("site-0", RefusalCode.POLICY)
+    with pytest.raises(TrustError):
+        opened(reply, operator.channel, round_of(2))
+
+
+def test_the_same_instruction_gets_the_same_sealed_bytes_uncharged_also_after_a_restart(
+    operator: Operator, sites: list[Path]
+) -> None:
+    asked = round_of()
+    first = sent(sites[0], signed(operator.channel, asked))
+    forget_site(sites[0])
+    again = sent(sites[0], signed(operator.channel, dataclasses.replace(asked, attempt=2)))
+    assert first == again
+    assert isinstance(first, SiteReply)
+    assert charged(sites[0]) == 1
+    entries = [json.loads(line) for line in next(sites[0].rglob("ledger.jsonl")).read_text().splitlines()]
+    assert [entry["kind"] for entry in entries][-3:] == ["charge", "commit", "resent"]
+    # What the ledger says that left is what left.
+    import hashlib
+
+    assert entries[-2]["sha256"] == entries[-1]["sha256"] == hashlib.sha256(first.envelope).hexdigest()
+    found = opened(again, operator.channel, asked)
+    assert isinstance(found, SiteReply)
+    assert len(found.envelope) + 1 + OVERHEAD == len(first.envelope)
+
+
+def test_replies_of_other_rounds_runs_and_sites_are_refused(operator: Operator, sites: list[Path]) -> None:
+    first, second = round_of(1), round_of(2)
+    old = sent(sites[0], signed(operator.channel, first))
+    assert isinstance(old, SiteReply)
+    for swapped in (
+        dataclasses.replace(old, server_round=2), dataclasses.replace(old, run_id="another"),
+        dataclasses.replace(old, site_id="site-1"), dataclasses.replace(old, run_id=NOT_TOLD, server_round=0),
+    ):  # fmt: skip
+        with pytest.raises(TrustError):
+            opened(swapped, operator.channel, second)
+    with pytest.raises(TrustError, match="no site of"):
+        opened(dataclasses.replace(old, site_id="site-9"), operator.channel, first)
+    # The same weights and settings, another prompt: another question.
+    other = dataclasses.replace(first, prompts=("a photo of a red",))
+    with pytest.raises(TrustError):
+        opened(old, operator.channel, other)
+
+
+def test_what_comes_up_in_clear_is_refused(operator: Operator, sites: list[Path]) -> None:
+    asked = round_of()
+    with pytest.raises(ProtocolError, match="in clear"):
+        opened(Refusal("site-0", RefusalCode.SITE), operator.channel, asked)
+    with pytest.raises(TrustError, match="no sealed message"):
+        opened(SiteReply(asked.run_id, 1, "site-0", b"\0" * 5000), operator.channel, asked)
+
+
+def test_keys_rotate_between_rounds_without_a_new_kit(operator: Operator, sites: list[Path], tmp_path: Path) -> None:
+    before = sent(sites[0], signed(operator.channel, round_of(1)))
+    operator.rotate()
+    kept = sent(sites[0], signed(operator.channel, round_of(1)))  # sealed to the old key
+    for reply in (before, kept):
+        assert isinstance(opened(reply, operator.channel, round_of(1)), SiteReply)
+    after = sent(sites[0], signed(operator.channel, round_of(2)))
+    assert isinstance(after, SiteReply)
+    assert after.envelope[5:13] == operator.opening[0].public.id
+
+
+def test_a_site_that_lost_a_key_says_nothing_but_its_code(operator: Operator, sites: list[Path]) -> None:
+    (sites[0] / "keys/signing.pem").unlink()
+    forget_site(sites[0])
+    assert sent(sites[0], signed(operator.channel, round_of())) == Refusal("", RefusalCode.MESSAGE)
+    assert "signing.pem" in log_of(sites[0])
+    assert charged(sites[0]) == 0
+
+
+def test_a_run_stops_at_an_answer_that_cannot_be_opened(operator: Operator, sites: list[Path], tmp_path: Path) -> None:
+    operator.sites["site-1"] = operator.identity.public  # the roster has another key for it
+    with pytest.raises((ProtocolError, FederationError), match="is not signed by the key"):
+        run(tmp_path / "run", RUN_CONFIG, operator, Wire(sites))
+
+
+assert CONFIG.federation.name == Operator.name
