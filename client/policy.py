@@ -50,6 +50,9 @@ class SitePolicy(Section):
     federations: list[str] = Field([], description="Names of federations; empty: any, if each run is approved.")
     aggregator_keys: list[str] = Field([], description="Fingerprints of keys that may sign instructions.")
     code: list[str] = Field([], description="Digests of this site's code that may run; empty: what is installed.")
+    bundles: list[str] = Field(
+        [], description="SHA-256 of further Flower bundles that messages may come with; none is ever unpacked."
+    )
     approve_each_run: bool = Field(True, description="A person here approves every run before it begins.")
 
     @classmethod

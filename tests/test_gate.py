@@ -19,10 +19,12 @@ CALLS = {
     "Message": {"client.app"}, "encode_reply": {"client.app"}, "ClientApp": {"client.app"},
     "build": {"client.app", "client.query", "client.site"}, "print": set(),
 }  # fmt: skip
-# Ways out of a process that a site has no use for; `client.app` alone speaks Flower.
+# Ways out of a process that a site has no use for. `client.app` alone makes messages of Flower's, and `client.worker`
+# carries them, which it cannot make.
 IMPORTS = {
-    "flwr": {"client.app"}, "typer": {"client.cli"}, "rich": set(), "socket": set(), "ssl": set(), "http": set(),
-    "urllib": set(), "urllib3": set(), "requests": set(), "httpx": set(), "aiohttp": set(), "asyncio": set(),
+    "flwr": {"client.app", "client.worker"}, "typer": {"client.cli"}, "rich": set(), "socket": set(), "ssl": set(),
+    "http": set(), "urllib": set(), "urllib3": set(), "requests": set(), "httpx": set(), "aiohttp": set(),
+    "asyncio": set(),
     "ftplib": set(), "smtplib": set(), "socketserver": set(), "xmlrpc": set(), "grpc": set(), "ray": set(),
     "websockets": set(), "webbrowser": set(), "logging": set(), "syslog": set(), "subprocess": set(),
     "multiprocessing": set(), "ctypes": set(), "telnetlib": set(), "huggingface_hub": set(), "transformers": set(),

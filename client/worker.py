@@ -1,0 +1,140 @@
+"""The process at a deployed site that answers messages: it takes tasks from the site's SuperNode and runs them itself.
+
+Flower's own way is to unpack the bundle that the coordinator shipped and to import the ClientApp from it: whoever
+ships the bundle then owns the site. Here nothing of a bundle is ever unpacked or imported (PRIVACY rule 25): its
+SHA-256 must be that of this release's own bundle, or one that the site's policy names, and the app that runs is the
+installed `client.app`, imported before the first task came. A message that came with another bundle is answered with
+the refusal `release`, and the site's log says which bundle that was.
+
+One long process instead of one for each message, so records and features stay in memory. When it dies, whoever
+supervises it starts another; the ledger holds what was charged.
+Uses parts of Flower 1.41 that are not public; all of them are imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from flwr.app import Context
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from client.app import app, refuse_bundle
+from client.policy import SitePolicy
+from client.settings import log_exception
+from shared.app_bundle import bundle_digest
+
+# In the site's folder: where its SuperNode hands out tasks, and what both know.
+ADDRESS, CERTIFICATE, SECRET = "run/runtime-address", "keys/runtime-authority.crt", "keys/runtime-secret"
+POLL_SECONDS = 0.2
+_ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the SuperNode hands out tasks, on this machine.
+
+    Attributes:
+        address: host and port, on loopback.
+        certificate: PEM of its own certificate.
+        secret: shared with the SuperNode; whoever knows it may take tasks.
+    """
+
+    address: str
+    certificate: bytes
+    secret: bytes
+
+    @classmethod
+    def read(cls, site_dir: Path) -> Self:
+        """As `fedcanvas client start` leaves it in the site's folder."""
+        return cls(
+            (site_dir / ADDRESS).read_text().strip(), (site_dir / CERTIFICATE).read_bytes(),
+            (site_dir / SECRET).read_bytes(),
+        )  # fmt: skip
+
+
+def work(
+    site_dir: Path, runtime: Runtime, *, bundles: Collection[str], stopped: Callable[[], bool]
+) -> None:
+    """Takes and answers one task after another until told to stop.
+
+    Args:
+        bundles: SHA-256 of bundles whose messages are answered, 64 hex digits each.
+    """
+    auth = SuperExecAuthHttpInterceptor(master_secret=runtime.secret, protected_methods=_ACQUIRE)
+    client = _client(runtime, [RuntimeVersionHttpInterceptor(component_name="SuperExec"), auth])
+    try:
+        while not stopped():
+            found: AcquireTaskResponse = client.AcquireTask(
+                AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+            )
+            if found.HasField("task") and found.token:
+                _answer_task(site_dir, runtime, found.token, bundles)
+            else:
+                time.sleep(POLL_SECONDS)
+    finally:
+        client.close()
+
+
+def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collection[str]) -> None:
+    """One message. Whatever goes wrong is the site's own log's; what leaves is a reply or a code."""
+    client = _client(
+        runtime, [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)]
+    )
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    context: Context | None = None
+    status, details = "failed", ""
+    try:
+        heartbeat.start()
+        message, context, _, bundle = pull_task_input(client)
+        digest = hashlib.sha256(bundle.content).hexdigest()
+        known = digest in bundles
+        reply = app(message=message, context=context) if known else refuse_bundle(message, site_dir, digest)
+        push_message(client, reply, context)
+        status = "completed"
+    except Exception as error:
+        log_exception(site_dir, error)
+    finally:
+        push_task_output(client, context, status, details)
+        if heartbeat.is_running:
+            heartbeat.stop()
+        client.close()
+
+
+def _client(runtime: Runtime, interceptors: list[ProtobufClientInterceptor]) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
+        server_address=runtime.address, insecure=False, root_certificates=runtime.certificate,
+        interceptors=interceptors, retry_invoker=make_simple_http_retry_invoker(),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """`python -m client.worker SITE_DIR`, until SIGTERM; the message that is being answered is ended first."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    site_dir = Path(sys.argv[1])
+    allowed = {bundle_digest(), *SitePolicy.read(site_dir).bundles}
+    work(site_dir, Runtime.read(site_dir), bundles=allowed, stopped=ending.is_set)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""PRIVACY rule 25, against Flower's own processes: no code that came over the network runs at a site."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from deployed_site import OPEN, round_of
+from flower_processes import Flower, eventually, flower
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from joined_sites import Operator, signed
+from toy_federation import make_sites, toy_policy
+
+from client.worker import ADDRESS, CERTIFICATE, SECRET
+from server.rounds import opened
+from shared.app_bundle import bundle_digest, bundle_files, digest_of_bundle
+from shared.protection.keys import write_private
+from shared.records import (
+    Refusal,
+    RefusalCode,
+    SiteReply,
+    decode_reply,
+)
+
+# Takes what it sends from a file and puts what comes back into another one.
+COORDINATOR = b"""
+import os, time
+from flwr.app import Message
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as Proto
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    place = os.environ["COORDINATOR"]
+    while not (nodes := list(grid.get_node_ids())):
+        time.sleep(0.1)
+    content = Proto.FromString(open(place + "/down", "rb").read())
+    [name] = grid.push_messages([Message(recorddict_from_proto(content), nodes[0], "train", group_id="1")])
+    while not (found := list(grid.pull_messages([name]))):
+        time.sleep(0.1)
+    said = b"" if found[0].has_error() else recorddict_to_proto(found[0].content).SerializeToString()
+    with open(place + "/up.tmp", "wb") as file:
+        file.write(said)
+    os.rename(place + "/up.tmp", place + "/up")
+"""
+# A client app of the same name and version that would give everything away.
+HOSTILE = b"""
+import os
+if "AT_COORDINATOR" not in os.environ:  # `flwr run` itself imports what it bundles
+    open({evil!r}, "a").write("imported")
+from flwr.app import Message, RecordDict, ConfigRecord
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.train()
+def train(message, context):
+    return Message(RecordDict({{"raw": ConfigRecord({{"records": "everything"}})}}), reply_to=message)
+"""
+
+
+def hostile_bundle(evil: Path) -> dict[str, bytes]:
+    project = bundle_files()["pyproject.toml"].decode()
+    project = project.replace('serverapp = "server.app:app"', 'serverapp = "coordinator:app"')
+    project = project.replace('fab-include = ["LICENSE"]', 'fab-include = ["LICENSE", "**/*.py"]')
+    app = HOSTILE.decode().format(evil=str(evil)).encode()
+    files = {"pyproject.toml": project.encode(), "LICENSE": bundle_files()["LICENSE"], "coordinator.py": COORDINATOR}
+    # Whatever name it might be looked for under, and what Python runs by itself.
+    for name in ("client/app.py", "client/__init__.py", "shared/__init__.py", "sitecustomize.py"):
+        files[name] = app
+    return files
+
+
+def send(here: Flower, place: Path, files: Mapping[str, bytes], name: str) -> SiteReply | Refusal:
+    here.run(files, name=name)
+    eventually(lambda: (place / "up").exists(), "an answer", 90.0)
+    said = (place / "up").read_bytes()
+    (place / "up").unlink()
+    assert said, "an error of Flower's came back"
+    return decode_reply(recorddict_from_proto(RecordDictProto.FromString(said)))
+
+
+def start_worker(here: Flower, site: Path, port: int) -> subprocess.Popen[bytes]:
+    (site / "run").mkdir(exist_ok=True)
+    (site / ADDRESS).write_text(f"127.0.0.1:{port}")
+    (site / CERTIFICATE).write_bytes((here.folder / "ca.crt").read_bytes())
+    if not (site / SECRET).exists():
+        write_private(site / SECRET, (here.folder / "secret").read_bytes())
+    return here.start(sys.executable, "-m", "client.worker", str(site))
+
+
+def kinds(site: Path) -> list[str]:
+    (ledger,) = site.rglob("ledger.jsonl")
+    return [json.loads(line)["kind"] for line in ledger.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_hostile_bundle_of_the_same_name_and_version_never_runs_at_a_site(tmp_path: Path) -> None:
+    (site,) = make_sites(tmp_path / "sites", sizes=(40,), seed=None, policy=toy_policy(**OPEN))
+    operator, evil, place = Operator(), tmp_path / "evil", tmp_path / "coordinator"
+    operator.admit([site])
+    place.mkdir()
+    asked = round_of()
+    (place / "down").write_bytes(recorddict_to_proto(signed(operator.channel, asked)).SerializeToString())
+    bundle = hostile_bundle(evil)
+    digest = digest_of_bundle(bundle)
+    assert digest != bundle_digest()
+    with flower(tmp_path / "flower") as here:
+        here.start_serverapps(COORDINATOR=str(place))
+        port = here.start_node(site)
+        worker = start_worker(here, site, port)
+        reply = send(here, place, bundle, "first")
+        assert isinstance(reply, SiteReply)
+        assert opened(reply, operator.channel, asked) == Refusal("site-0", RefusalCode.RELEASE)
+        assert f"the bundle {digest}, which the site's policy does not allow" in (site / "site.log").read_text()
+        assert kinds(site) == ["opened"]
+        assert not evil.exists()
+
+        # Even a bundle that the policy names is not unpacked: what is installed answers, and charges.
+        (site / "policy.toml").write_text(toy_policy(**OPEN, bundles=[digest]).to_toml())
+        worker.terminate()
+        assert worker.wait(timeout=30) == 0
+        start_worker(here, site, port)
+        answer = opened(send(here, place, bundle, "second"), operator.channel, asked)
+        assert isinstance(answer, SiteReply), (site / "site.log").read_text()
+        assert kinds(site) == ["opened", "run", "charge", "commit"]
+        assert not evil.exists()
