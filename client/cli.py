@@ -1,6 +1,6 @@
 """`fedcanvas client`: what the institution that owns the data decides and sees, in its own files.
 
-    init, check-data            a site and its lineage of records, begun
+    init, join, check-data      a site and its lineage of records, begun; its keys for a federation
     policy, runs, approve, deny what may happen here, and what a person decides
     ledger, receipts            what was spent, and what left
 
@@ -96,6 +96,24 @@ def init(
     The data stay where they are and are opened once, to count them and to see whether another lineage on this machine
     holds some of the records already. Either everything is written or nothing.
     """
+    table, lines = _begin(
+        site_dir, data, lineage=lineage, max_epsilon=max_epsilon, delta=delta, site_id=site_id, unit=unit,
+        account_filter=account_filter, order=order, store=store, published_records=published_records,
+        slot_seconds=slot_seconds, overlaps=list(dict.fromkeys(shares_records_with or [])),
+    )  # fmt: skip
+    if as_json:
+        _print_json(table)
+    else:
+        _print(lines)
+
+
+def _begin(
+    site_dir: Path, data: Path, *, lineage: str, max_epsilon: float, delta: float, overlaps: Sequence[str],
+    site_id: str | None = None, unit: Literal["example", "subject"] | None = None,
+    account_filter: Literal["sum", "renyi"] = "sum", order: float | None = None, store: Path | None = None,
+    published_records: int | None = None, slot_seconds: float = 10.0, federations: Sequence[str] = (),
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """A new site; what there is to tell about it, for a program and for a person."""
     from client.account import default_store
     from client.data_check import advice, choose_unit, data_figures, open_as_training, rounded_up
     from client.enrolment import (
@@ -130,7 +148,6 @@ def init(
     if account_filter == "renyi" and order is None:
         order = best_renyi_order(max_epsilon, delta)
     lifetime = Lifetime(max_epsilon, delta, account_filter, order)
-    overlaps = list(dict.fromkeys(shares_records_with or []))
     store = (store or default_store()).absolute()
     place = store / lineage
     if place.exists() and not place.is_dir():
@@ -160,7 +177,9 @@ def init(
             site_id=site_id, data=str(data.resolve()), lineage=lineage, store=str(store),
             published_records=published_records or rounded_up(units), slot_seconds=slot_seconds,
         )  # fmt: skip
-        policy = SitePolicy(max_epsilon=max_epsilon, delta=delta, unit=chosen, code=[RELEASE_CODE])
+        policy = SitePolicy(
+            max_epsilon=max_epsilon, delta=delta, unit=chosen, code=[RELEASE_CODE], federations=list(federations)
+        )
         with store_locked(store):
             digests = record_digests(dataset, store)
             shared = check_sharing(digests, store, lineage=lineage, declared=overlaps)
@@ -173,13 +192,11 @@ def init(
         say(f"lineage '{name}' shares {count:,} pictures as far as pixels tell; each run is charged in both")
     for line in advice(figures, unit=chosen, delta=delta):
         warn(line)
-    if as_json:
-        _print_json({
-            "site": str(site_dir), "site_id": site_id, "lineage": lineage, "ledger": str(ledger.path), "unit": chosen,
-            "unit_because": why, "units": units, "published_records": config.published_records, "joined": joined,
-            "lifetime": _lifetime_dict(ledger.lineage.lifetime), "shared": shared,
-        })  # fmt: skip
-        return
+    table = {
+        "site": str(site_dir), "site_id": site_id, "lineage": lineage, "ledger": str(ledger.path), "unit": chosen,
+        "unit_because": why, "units": units, "published_records": config.published_records, "joined": joined,
+        "lifetime": _lifetime_dict(ledger.lineage.lifetime), "shared": shared,
+    }  # fmt: skip
     counts = ledger.lineage.lifetime
     lines = [
         f"site {site_id} is ready in {site_dir}",
@@ -205,7 +222,70 @@ def init(
         "Keep a copy of the ledger after each run (`fedcanvas client ledger SITE_DIR --export FILE`); never put an old"
         " one back.",
     ]
-    _print(lines)
+    return table, lines
+
+
+@group_command(client, "join", "begin a site for a federation, from the kit that its operator sent")
+def join(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", hidden=True)],
+    site_dir: Site,
+    data: Annotated[Path | None, typer.Option(help="As of `init`; for a new site.", show_default=False)] = None,
+    lineage: Annotated[str | None, typer.Option(help="As of `init`; for a new site.", show_default=False)] = None,
+    max_epsilon: Annotated[float | None, typer.Option(help="As of `init`; for a new site.", show_default=False)] = None,
+    delta: Annotated[float | None, typer.Option(help="As of `init`; for a new site.", show_default=False)] = None,
+    store: Annotated[Path | None, typer.Option(help="As of `init`.", show_default=False)] = None,
+    shares_records_with: Overlaps = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Join the federation whose KIT its operator sent, with a new site in SITE_DIR or one that is there.
+
+    Asks whether the fingerprint is the one that the operator tells you another way, makes the site's own keys, which
+    never leave it, and writes SITE_DIR/request.json for the operator. Nothing is sent by itself.
+    """
+    from client.joining import join as join_federation
+    from client.policy import FILE as POLICY
+    from client.settings import SETTINGS, SiteConfig
+    from shared.protection.kit import read_kit
+
+    found = read_kit(kit)
+    known = found.federation
+    say(f"this kit is of federation '{known.name}' at {known.address}, for site {found.site}")
+    say(f"fingerprint: {known.fingerprint}")
+    if not yes and not typer.confirm("does the operator read out the same?", default=False, err=True):
+        raise UsageError("nothing was joined", hint="ask for a new kit, by a way that you trust; --yes does not ask")
+    if not (site_dir / SETTINGS).exists():
+        wanted = {"--data": data, "--lineage": lineage, "--max-epsilon": max_epsilon, "--delta": delta}
+        if missing := [name for name, value in wanted.items() if value is None]:
+            raise UsageError(f"there is no site in {site_dir} yet, and a new one needs {', '.join(missing)}",
+                             hint="`fedcanvas client init --help` explains them")  # fmt: skip
+        assert data is not None
+        assert lineage is not None
+        assert max_epsilon is not None
+        assert delta is not None
+        _, lines = _begin(
+            site_dir, data, lineage=lineage, max_epsilon=max_epsilon, delta=delta, site_id=found.site, store=store,
+            overlaps=list(dict.fromkeys(shares_records_with or [])), federations=[known.name],
+        )  # fmt: skip
+        if not as_json:
+            _print([*lines[: lines.index("next:")], ""])
+    site_id = SiteConfig.read(site_dir).site_id
+    if site_id != found.site:
+        raise UsageError(
+            f"the kit is for site {found.site}, and {site_dir} is site {site_id}",
+            hint="ask the operator for a kit of that name, or make another site",
+        )
+    made = join_federation(site_dir, found, site_id=site_id)
+    if as_json:
+        _print_json({"site": str(site_dir), "site_id": site_id, "federation": known.name, "request": str(made.request),
+                     "federation_fingerprint": known.fingerprint, "fingerprint": made.keys.fingerprint})  # fmt: skip
+        return
+    _print([
+        f"site {site_id} has its keys for federation {known.name}",
+        f"  send         {made.request} to the operator; nothing in it is secret",
+        f"  read out     {made.keys.fingerprint}",
+        f"  policy       {site_dir / POLICY}: what the federation may do here",
+    ])  # fmt: skip
 
 
 @group_command(client, "check-data", "open the data as training would, and say what is there")
@@ -621,11 +701,13 @@ def _verify(site_dir: Path, account: SiteAccount, *, as_json: bool) -> None:
 def _check_replies(site_dir: Path, opened: Ledger) -> int:
     import hashlib
 
+    from client.account import read_reply
+
     known = {entry["sha256"] for entry in opened.entries if entry["kind"] in ("commit", "resent")}
     count = 0
     for path in sorted((site_dir / "replies").glob("*.reply")):
-        found = hashlib.sha256(path.read_bytes().partition(b"\n")[2]).hexdigest()
-        if found in known:
+        found = read_reply(path)
+        if found is not None and hashlib.sha256(found[1].leaves).hexdigest() in known:
             count += 1
         else:
             warn(f"{path} is not what the ledger notes as sent: it was changed, or a crash came before it was noted")

@@ -32,19 +32,22 @@ MAY_IMPORT = {
 # Inside a package the arrow points down this list; a module that is not named stands at the bottom.
 LEVELS = {
     "client": [
-        "client.cli", "client.receipts", "client.spending", "client.app", "client.ownership", "client.query",
-        "client.enrolment", "client.site", "client.gate",
+        "client.cli", "client.worker", "client.receipts", "client.spending", "client.app", "client.ownership",
+        "client.query", "client.enrolment", "client.site", "client.gate",
     ],
     "server": ["server.cli", "server.app", "server.rounds"],
 }
 
 # A library that is slow to load, or that has to be trusted, is met in one place.
 PLACES = {
-    "flwr": {"client.app", "server.app", "server.rounds", "shared.records", "simulations.engines"},
+    "flwr": {
+        "client.app", "client.worker", "server.app", "server.rounds", "shared.app_bundle", "shared.records",
+        "simulations.engines",
+    },
     "ray": {"simulations.engines"},
     "opacus": {"shared.privacy"},
     "dp_accounting": {"shared.privacy"},
-    "cryptography": {"shared.privacy"},
+    "cryptography": {"shared.privacy", "shared.protection"},
     "cv2": {"shared.data", "simulations.shapes"},
     "transformers": {"shared.text", "shared.metrics"},
     "torch_fidelity": {"shared.metrics"},

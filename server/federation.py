@@ -1,0 +1,242 @@
+"""The operator's folder of one federation: its identity, its keys and certificates, and the roster of its sites.
+
+    federation.json          statement `federation`; public
+    aggregator-keys.json     statement of the keys in force; public
+    keys/identity.pem        signs statements; needed on the day of an admission or a rotation, not while rounds run
+    keys/aggregator-N-*.pem  of serial N: what instructions are signed with, and what replies are opened with
+    keys/authority.*         the certificate authority; its certificate is in every kit
+    keys/server.*            the server's TLS certificate and key
+    sites/SITE.json          statement `admission`; removing it (`revoke`) ends the site's part at once
+    revoked/SITE-N.json      admissions that were ended
+
+Private keys are 0600 and never replaced. The folder comes about whole or not at all.
+Not here: processes (`server.deployment`) and runs (`server.rounds`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from shared.disk import fsync_folder, write_whole
+from shared.errors import TrustError, UsageError
+from shared.protection.certificates import (
+    issue_server_certificate,
+    make_authority,
+    read_certificate,
+    validity,
+)
+from shared.protection.channel import AggregatorChannel
+from shared.protection.federation import KEYS_DAYS, NAME, SITE_NAME, AggregatorKeys, Federation, SiteKeys
+from shared.protection.keys import OpeningKey, SigningKey
+from shared.protection.kit import Kit, write_kit
+
+FEDERATION, KEYS = "federation.json", "aggregator-keys.json"
+IDENTITY = "keys/identity.pem"
+AUTHORITY, AUTHORITY_KEY = "keys/authority.crt", "keys/authority.key"
+CERTIFICATE, CERTIFICATE_KEY = "keys/server.crt", "keys/server.key"
+SITES, REVOKED = "sites", "revoked"
+LOOPBACK = ("localhost", "127.0.0.1")  # the server's own processes call it by these
+
+
+@dataclass(frozen=True)
+class FederationFolder:
+    """Build it with `create` or `open`."""
+
+    path: Path
+    federation: Federation
+
+    @classmethod
+    def create(cls, path: Path, *, name: str, address: str, passphrase: bytes | None = None) -> FederationFolder:
+        """
+        Args:
+            address: host and port that sites will connect to, such as `fl.example.org:9443`.
+            passphrase: of the identity's key file.
+        Raises:
+            UsageError: the name or the address cannot be one, or something is there already.
+        """
+        if not NAME.fullmatch(name):
+            raise UsageError(f"'{name}' is no name of a federation", hint="1 to 40 small letters, digits and dashes")
+        host, port = split_address(address)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} is there already", hint="name a new folder: keys are never replaced")
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=0o700, parents=True)
+        try:
+            (partial / "keys").mkdir(mode=0o700)
+            make_authority(name, certificate=partial / AUTHORITY, key=partial / AUTHORITY_KEY)
+            _issue(partial, host)
+            identity = SigningKey.generate()
+            identity.write(partial / IDENTITY, passphrase=passphrase)
+            authority = (partial / AUTHORITY).read_text()
+            federation = Federation(name, f"{host}:{port}", authority, identity.public)
+            write_whole(partial / FEDERATION, _json(federation.statement(identity)))
+            made = cls(partial, federation)
+            made._new_keys(identity, serial=1)
+            (partial / SITES).mkdir()
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        fsync_folder(path.parent)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> FederationFolder:
+        """Raises `UsageError` when it is none, `TrustError` when its statement is damaged."""
+        if not (path / FEDERATION).is_file():
+            raise UsageError(f"{path} is no federation's folder", hint="`fedcanvas server init` makes one")
+        return cls(path, Federation.read((path / FEDERATION).read_bytes(), what=str(path / FEDERATION)))
+
+    # ---- keys
+
+    @property
+    def keys(self) -> AggregatorKeys:
+        """In force or not."""
+        return AggregatorKeys.read_whenever((self.path / KEYS).read_bytes(), self.federation)
+
+    def channel(self) -> AggregatorChannel:
+        """The aggregator's end of the way to the sites; `TrustError` when the keys are not in force."""
+        statement = (self.path / KEYS).read_bytes()
+        keys = AggregatorKeys.read(statement, self.federation)
+        opening = [keys.serial, *([keys.serial - 1] if self._opening(keys.serial - 1).exists() else [])]
+        return AggregatorChannel(
+            self.federation.name, statement=statement, signing=SigningKey.read(self._signing(keys.serial)),
+            opening=tuple(OpeningKey.read(self._opening(serial)) for serial in opening),
+            sites={keys.site: keys.signing for keys in self.roster()},
+        )  # fmt: skip
+
+    def rotate(self, *, passphrase: bytes | None = None) -> AggregatorKeys:
+        """New keys of the aggregator and a new TLS certificate; sites need no new kit.
+
+        The keys before go on opening what was sealed to them; those before these are removed.
+        """
+        identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
+        before = self.keys.serial
+        self._new_keys(identity, serial=before + 1)
+        for old in (self._signing(before), self._signing(before - 1), self._opening(before - 1)):
+            old.unlink(missing_ok=True)
+        _issue(self.path, split_address(self.federation.address)[0])
+        return self.keys
+
+    def _new_keys(self, identity: SigningKey, *, serial: int) -> None:
+        signing, opening = SigningKey.generate(), OpeningKey.generate()
+        for path in (self._signing(serial), self._opening(serial)):
+            path.unlink(missing_ok=True)  # of a rotation that was cut off before its statement came about
+        signing.write(self._signing(serial))
+        opening.write(self._opening(serial))
+        now = datetime.now(UTC).replace(microsecond=0)
+        keys = AggregatorKeys(
+            self.federation.name, serial, signing.public, opening.public, now, now + timedelta(days=KEYS_DAYS)
+        )
+        write_whole(self.path / KEYS, _json(keys.statement(identity)))  # last: from here on they are in force
+
+    def _signing(self, serial: int) -> Path:
+        return self.path / f"keys/aggregator-{serial}-signing.pem"
+
+    def _opening(self, serial: int) -> Path:
+        return self.path / f"keys/aggregator-{serial}-opening.pem"
+
+    # ---- sites
+
+    def kit(self, site: str, out: Path) -> Kit:
+        """Raises `UsageError` when the site's name cannot be one."""
+        _check_site(site)
+        statements = {"federation": (self.path / FEDERATION).read_bytes(), "keys": (self.path / KEYS).read_bytes()}
+        return write_kit(out, **statements, site=site)
+
+    def read_request(self, content: bytes, *, what: str) -> SiteKeys:
+        """What a site asks for, before anybody has said yes.
+
+        Raises:
+            TrustError: it is none, of another federation, or another site has one of its keys.
+            UsageError: the site was admitted already.
+        """
+        asked = SiteKeys.read_request(content, what=what)
+        if asked.federation != self.federation.name:
+            raise TrustError(f"{what} asks to join federation '{asked.federation}', this is '{self.federation.name}'")
+        for known in self.roster():
+            if known.site == asked.site:
+                again = "the same keys" if known == asked else f"other keys: {known.fingerprint}"
+                raise UsageError(
+                    f"site {asked.site} is admitted already, with {again}",
+                    hint="`fedcanvas server revoke` ends that first; ask the site whether it lost its folder",
+                )
+            if known.signing == asked.signing or known.node == asked.node:
+                raise TrustError(f"{what} holds a key of site {known.site}: no two sites may have one")
+        return asked
+
+    def admit(self, asked: SiteKeys, *, passphrase: bytes | None = None) -> None:
+        identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
+        write_whole(self.path / SITES / f"{asked.site}.json", _json(asked.admission(identity)))
+
+    def revoke(self, site: str) -> SiteKeys:
+        """Raises `UsageError` when there is no such site."""
+        path = self.path / SITES / f"{_check_site(site)}.json"
+        if not path.is_file():
+            known = ", ".join(keys.site for keys in self.roster()) or "none"
+            raise UsageError(f"there is no site '{site}' to revoke", hint=f"admitted are: {known}")
+        keys = self._read(path)
+        (self.path / REVOKED).mkdir(exist_ok=True)
+        number = len(list((self.path / REVOKED).glob(f"{site}-*.json"))) + 1
+        path.rename(self.path / REVOKED / f"{site}-{number}.json")
+        fsync_folder(self.path / SITES)
+        return keys
+
+    def roster(self) -> list[SiteKeys]:
+        """By name; `TrustError` where an admission is not by this federation's identity."""
+        return [self._read(path) for path in sorted((self.path / SITES).glob("*.json"))]
+
+    def _read(self, path: Path) -> SiteKeys:
+        keys = SiteKeys.read_admission(path.read_bytes(), self.federation.identity, what=str(path))
+        if keys.federation != self.federation.name or path.stem != keys.site:
+            raise TrustError(f"{path} is the admission of another site or federation")
+        return keys
+
+    # ---- what is due
+
+    def warnings(self, *, now: datetime | None = None) -> list[str]:
+        """In words, what ends soon or has ended."""
+        now = now or datetime.now(UTC)
+        found = []
+        for name in (AUTHORITY, CERTIFICATE):
+            if words := validity(read_certificate(self.path / name)).warning(now):
+                found.append(f"the certificate {name} {words}")
+        left = (self.keys.not_after - now).total_seconds() / 86400
+        if left < KEYS_DAYS / 3:
+            when = f"end in {left:.0f} days" if left > 0 else f"ended on {self.keys.not_after:%Y-%m-%d}"
+            found.append(f"the aggregator's keys {self.keys.serial} {when}")
+        return found
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of `fl.example.org:9443`; `UsageError` when it is none."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535 or any(c.isspace() or c in "/@" for c in host):
+        raise UsageError(f"'{address}' is no address of a server", hint="host and port, such as fl.example.org:9443")
+    return host, int(port)
+
+
+def _issue(folder: Path, host: str) -> None:
+    names: Sequence[str] = tuple(dict.fromkeys((host, *LOOPBACK)))
+    issue_server_certificate(
+        names, authority=folder / AUTHORITY, authority_key=folder / AUTHORITY_KEY, certificate=folder / CERTIFICATE,
+        key=folder / CERTIFICATE_KEY,
+    )  # fmt: skip
+
+
+def _check_site(site: str) -> str:
+    if not SITE_NAME.fullmatch(site):
+        raise UsageError(f"'{site}' is no name of a site", hint="1 to 64 letters, digits, dots, dashes, underscores")
+    return site
+
+
+def _json(statement: object) -> bytes:
+    return json.dumps(statement, indent=2, sort_keys=True).encode() + b"\n"

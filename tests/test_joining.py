@@ -1,0 +1,250 @@
+"""From the operator's folder to a site of the roster: kit, request, admission, revocation, rotation, as files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployed_site import OPEN, round_of
+from joined_sites import sent, signed
+from toy_federation import make_sites, toy_policy
+
+from client.joining import Joined, join
+from client.site import forget_site
+from server.federation import CERTIFICATE, FederationFolder, split_address
+from server.rounds import opened
+from shared.errors import TrustError, UsageError
+from shared.protection.federation import SiteKeys
+from shared.protection.keys import read_node_key
+from shared.protection.kit import MOST_BYTES, NAMES, read_kit
+from shared.records import SiteReply
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> FederationFolder:
+    return FederationFolder.create(tmp_path / "operator", name="simulation", address="fl.example.org:9443")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    (made,) = make_sites(tmp_path / "sites", sizes=(40,), seed=None, policy=toy_policy(**OPEN))
+    return made
+
+
+def joined(operator: FederationFolder, site: Path) -> Joined:
+    operator.kit("site-0", site.parent / "kit.zip")
+    return join(site, read_kit(site.parent / "kit.zip"), site_id="site-0")
+
+
+def admitted(operator: FederationFolder, site: Path) -> SiteKeys:
+    asked = operator.read_request(joined(operator, site).request.read_bytes(), what="the request")
+    operator.admit(asked)
+    forget_site(site)
+    return asked
+
+
+def answer(operator: FederationFolder, site: Path, server_round: int) -> Any:
+    asked, channel = round_of(server_round), operator.channel()
+    return opened(sent(site, signed(channel, asked)), channel, asked)
+
+
+def test_a_site_joins_is_admitted_and_answers(operator: FederationFolder, site: Path) -> None:
+    made = joined(operator, site)
+    asked = operator.read_request(made.request.read_bytes(), what="the request")
+    assert asked == made.keys
+    assert asked.fingerprint == made.keys.fingerprint  # what both sides read to each other
+    operator.admit(asked)
+    assert operator.roster() == [asked]
+    forget_site(site)
+    assert isinstance(answer(operator, site, 1), SiteReply)
+
+
+def test_no_secret_is_in_kit_or_request_and_private_files_are_their_owner_s_alone(
+    operator: FederationFolder, site: Path
+) -> None:
+    admitted(operator, site)
+    carried = (site / "request.json").read_bytes()
+    with zipfile.ZipFile(site.parent / "kit.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(NAMES)
+        carried += b"".join(archive.read(name) for name in NAMES)
+    private = [*operator.path.glob("keys/*.pem"), *operator.path.glob("keys/*.key")]
+    private += [site / "keys/signing.pem", site / "keys/node"]
+    assert len(private) == 7
+    for path in private:
+        assert path.stat().st_mode & 0o077 == 0
+        lines = [line for line in path.read_text().splitlines() if "-----" not in line]
+        assert not any(line.encode() in carried for line in lines if len(line) > 20)
+    assert b"PRIVATE" not in carried
+    assert operator.path.stat().st_mode & 0o077 == 0
+
+
+def test_the_node_key_is_one_that_openssh_and_flower_read(operator: FederationFolder, site: Path) -> None:
+    joined(operator, site)
+    shown = subprocess.run(
+        ["ssh-keygen", "-y", "-f", str(site / "keys/node")], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.split()[:2] == read_node_key(site / "keys/node").split()[:2]
+
+
+def test_joining_again_keeps_the_keys(operator: FederationFolder, site: Path) -> None:
+    first = joined(operator, site)
+    before = first.request.read_bytes()
+    again = joined(operator, site)
+    assert again.keys == first.keys
+    assert again.request.read_bytes() == before
+
+
+def test_a_site_has_one_federation(operator: FederationFolder, site: Path, tmp_path: Path) -> None:
+    joined(operator, site)
+    other = FederationFolder.create(tmp_path / "other", name="simulation", address="fl.example.org:9443")
+    with pytest.raises(TrustError, match="belongs to federation 'simulation'"):
+        joined(other, site)
+
+
+def test_a_second_site_with_a_stolen_kit_is_told_apart(operator: FederationFolder, site: Path, tmp_path: Path) -> None:
+    own = admitted(operator, site)
+    (thief,) = make_sites(tmp_path / "thief", sizes=(8,), seed=None)
+    request = join(thief, read_kit(site.parent / "kit.zip"), site_id="site-0").request
+    with pytest.raises(UsageError, match=f"admitted already, with other keys: {own.fingerprint}"):
+        operator.read_request(request.read_bytes(), what="the request")
+
+
+def test_two_sites_with_one_key_are_refused(operator: FederationFolder, site: Path) -> None:
+    admitted(operator, site)
+    copied = join(site, read_kit(site.parent / "kit.zip"), site_id="site-1").request
+    with pytest.raises(TrustError, match="holds a key of site site-0"):
+        operator.read_request(copied.read_bytes(), what="the request")
+
+
+def test_a_request_for_another_federation_is_refused(operator: FederationFolder, site: Path, tmp_path: Path) -> None:
+    other = FederationFolder.create(tmp_path / "other", name="elsewhere", address="fl.example.org:9443")
+    with pytest.raises(TrustError, match="asks to join federation 'elsewhere'"):
+        operator.read_request(joined(other, site).request.read_bytes(), what="the request")
+
+
+def test_a_revoked_site_is_no_site_at_once_and_may_come_back_with_new_keys(
+    operator: FederationFolder, site: Path
+) -> None:
+    before = admitted(operator, site)
+    assert operator.revoke("site-0") == before
+    assert operator.roster() == []
+    with pytest.raises(TrustError, match="'site-0' is no site of federation"):
+        answer(operator, site, 1)
+    with pytest.raises(UsageError, match="no site 'site-0' to revoke"):
+        operator.revoke("site-0")
+    for name in ("keys/signing.pem", "keys/node"):
+        (site / name).unlink()
+    assert admitted(operator, site) != before
+    assert isinstance(answer(operator, site, 2), SiteReply)
+
+
+def test_keys_and_certificate_rotate_without_a_new_kit(operator: FederationFolder, site: Path) -> None:
+    admitted(operator, site)
+    assert isinstance(answer(operator, site, 1), SiteReply)
+    certificate = (operator.path / CERTIFICATE).read_bytes()
+    for serial in (2, 3):
+        assert operator.rotate().serial == serial
+        assert isinstance(answer(operator, site, serial), SiteReply)
+    assert (operator.path / CERTIFICATE).read_bytes() != certificate
+    left = sorted(path.name for path in operator.path.glob("keys/aggregator-*"))
+    assert left == ["aggregator-2-opening.pem", "aggregator-3-opening.pem", "aggregator-3-signing.pem"]
+
+
+def test_an_identity_with_a_passphrase_is_asked_for_only_to_sign_statements(tmp_path: Path, site: Path) -> None:
+    operator = FederationFolder.create(
+        tmp_path / "locked", name="simulation", address="localhost:9443", passphrase=b"correct horse"
+    )
+    asked = operator.read_request(joined(operator, site).request.read_bytes(), what="the request")
+    with pytest.raises(TrustError, match=r"passphrase of the key .* is missing"):
+        operator.admit(asked)
+    operator.admit(asked, passphrase=b"correct horse")
+    forget_site(site)
+    assert isinstance(answer(operator, site, 1), SiteReply)
+
+
+def test_a_roster_that_somebody_wrote_into_is_refused(operator: FederationFolder, site: Path) -> None:
+    keys = admitted(operator, site)
+    path = operator.path / "sites/site-0.json"
+    good = json.loads(path.read_text())
+    other_key = {**good, "node-key": keys.node[:-4] + "AAAA"}
+    for changed, name in (({**good, "site": "site-1"}, "site-1"), (other_key, "site-0")):
+        path.unlink(missing_ok=True)
+        (operator.path / f"sites/{name}.json").write_text(json.dumps(changed))
+        with pytest.raises(TrustError):
+            operator.channel()
+        (operator.path / f"sites/{name}.json").unlink()
+    (operator.path / "sites/another.json").write_text(json.dumps(good))
+    with pytest.raises(TrustError, match="another site or federation"):
+        operator.channel()
+
+
+def zipped(path: Path, parts: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    return path
+
+
+def test_what_is_no_kit_is_refused_and_nothing_of_it_is_unpacked(operator: FederationFolder, tmp_path: Path) -> None:
+    operator.kit("site-0", tmp_path / "kit.zip")
+    with zipfile.ZipFile(tmp_path / "kit.zip") as archive:
+        good = {name: archive.read(name) for name in NAMES}
+    wrong = {
+        "one more": {**good, "../evil.py": b"x"}, "one less": {name: good[name] for name in NAMES[:3]},
+        "a site that is a path": {**good, "site.json": b'{"site": "../../etc"}'},
+        "no site": {**good, "site.json": b"[]"}, "no federation": {**good, "federation.json": b"{}"},
+        "a bomb": {**good, "README.txt": b"0" * (MOST_BYTES + 1)},
+        "other keys": {**good, "aggregator-keys.json": good["federation.json"]},
+    }  # fmt: skip
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for parts in wrong.values():
+        with pytest.raises(TrustError):
+            read_kit(zipped(tmp_path / "kit.zip", parts))
+    for content in (b"", b"PK", b"rubbish" * 1000, b"0" * (MOST_BYTES + 1)):
+        (tmp_path / "kit.zip").write_bytes(content)
+        with pytest.raises(TrustError):
+            read_kit(tmp_path / "kit.zip")
+    with pytest.raises(TrustError, match="cannot be read"):
+        read_kit(tmp_path / "absent.zip")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_equal_kits_are_equal_files_and_say_the_fingerprint(operator: FederationFolder, tmp_path: Path) -> None:
+    for name in ("a.zip", "b.zip"):
+        operator.kit("site-0", tmp_path / name)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert operator.federation.fingerprint in archive.read("README.txt").decode()
+
+
+@pytest.mark.parametrize(
+    "address", ["", "fl.example.org", ":9443", "fl.example.org:", "fl.example.org:0", "fl.example.org:99999", "a b:1",
+                "https://fl.example.org:1"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused_and_nothing_is_left(address: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no address of a server"):
+        FederationFolder.create(tmp_path / "x", name="simulation", address=address)
+    assert list(tmp_path.iterdir()) == []
+    assert split_address("[::1]:9443") == ("[::1]", 9443)
+
+
+def test_a_folder_that_is_there_is_not_touched(operator: FederationFolder) -> None:
+    before = (operator.path / "federation.json").read_bytes()
+    with pytest.raises(UsageError, match="is there already"):
+        FederationFolder.create(operator.path, name="simulation", address="localhost:1")
+    assert (operator.path / "federation.json").read_bytes() == before
+
+
+def test_what_ends_soon_is_said(operator: FederationFolder) -> None:
+    from datetime import UTC, datetime, timedelta
+
+    now = datetime.now(UTC)
+    assert operator.warnings(now=now) == []
+    assert operator.warnings(now=now + timedelta(days=70)) == ["the aggregator's keys 1 end in 20 days"]
+    late = operator.warnings(now=now + timedelta(days=340))
+    assert any("keys/server.crt ends in" in words for words in late)
+    assert any("keys 1 ended on" in words for words in late)
