@@ -15,7 +15,7 @@ from client.membership import FEDERATION, NODE, SIGNING, read_federation
 from shared.disk import write_whole
 from shared.errors import TrustError
 from shared.protection.channel import NEWEST
-from shared.protection.federation import SiteKeys
+from shared.protection.federation import AggregatorKeys, SiteKeys
 from shared.protection.keys import SigningKey, read_node_key, write_node_key
 from shared.protection.kit import Kit
 
@@ -54,7 +54,16 @@ def join(folder: Path, kit: Kit, *, site_id: str) -> Joined:
     keys = SiteKeys(kit.federation.name, site_id, signing.public, read_node_key(folder / NODE))
     write_whole(folder / REQUEST, json.dumps(keys.request(signing), indent=2).encode() + b"\n")
     write_whole(folder / AUTHORITY, kit.federation.authority.encode())
-    if not (folder / NEWEST).exists():  # a newer statement may have come with an instruction
+    if _is_newer(kit, folder / NEWEST):
         write_whole(folder / NEWEST, kit.keys_statement)
     write_whole(folder / FEDERATION, kit.federation_statement)  # last: its existence means that the rest is there
     return Joined(keys, folder / REQUEST)
+
+
+def _is_newer(kit: Kit, path: Path) -> bool:
+    """Whether the kit's keys of the aggregator replace those that are there: newer ones may have come in between."""
+    try:
+        known = AggregatorKeys.read_whenever(path.read_bytes(), kit.federation)
+    except (OSError, TrustError):
+        return True  # none, damaged, or of another federation whose joining was cut off
+    return AggregatorKeys.read_whenever(kit.keys_statement, kit.federation).serial > known.serial

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.errors import TrustError
-from shared.protection.channel import SiteChannel
+from shared.protection.channel import NEWEST, SiteChannel
 from shared.protection.federation import Federation
 from shared.protection.keys import SigningKey
 from shared.protection.sealed import Context
@@ -26,6 +26,12 @@ def open_channel(folder: Path, site_id: str) -> SiteChannel | None:
     """`None` where no federation was joined; `TrustError` where something of it is missing or damaged."""
     federation = read_federation(folder)
     if federation is None:
+        left = [name for name in (SIGNING, NODE, NEWEST) if (folder / name).exists()]
+        if left:  # whoever removes one file must not make a site answer in clear
+            raise TrustError(
+                f"{folder / FEDERATION} is missing, and {', '.join(left)} of a federation is there",
+                hint="join again with the federation's kit: the keys are kept",
+            )
         return None
     return SiteChannel(folder, federation, site=site_id, signing=SigningKey.read(folder / SIGNING))
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -38,8 +38,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from client.app import app, refuse_bundle
+from client.membership import open_channel
 from client.policy import SitePolicy
-from client.settings import log_exception
+from client.settings import SiteConfig, log_exception
 from shared.app_bundle import bundle_digest
 
 # In the site's folder: where its SuperNode hands out tasks, and what both know.
@@ -60,7 +61,7 @@ class Runtime:
 
     address: str
     certificate: bytes
-    secret: bytes
+    secret: bytes = field(repr=False)
 
     @classmethod
     def read(cls, site_dir: Path) -> Self:
@@ -113,9 +114,12 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
     except Exception as error:
         log_exception(site_dir, error)
     finally:
-        push_task_output(client, context, status, details)
         if heartbeat.is_running:
             heartbeat.stop()
+        try:
+            push_task_output(client, context, status, details)
+        except Exception as error:  # a run that was stopped meanwhile takes no output: the next task is another's
+            log_exception(site_dir, error)
         client.close()
 
 
@@ -132,6 +136,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
     site_dir = Path(sys.argv[1])
+    if open_channel(site_dir, SiteConfig.read(site_dir).site_id) is None:
+        raise SystemExit(f"{site_dir} joined no federation: nothing that came over a network is answered")
     allowed = {bundle_digest(), *SitePolicy.read(site_dir).bundles}
     work(site_dir, Runtime.read(site_dir), bundles=allowed, stopped=ending.is_set)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ from shared.protection.certificates import (
 )
 from shared.protection.channel import AggregatorChannel
 from shared.protection.federation import KEYS_DAYS, NAME, SITE_NAME, AggregatorKeys, Federation, SiteKeys
-from shared.protection.keys import OpeningKey, SigningKey
+from shared.protection.keys import OpeningKey, SigningKey, VerifyKey
 from shared.protection.kit import Kit, write_kit
 
 FEDERATION, KEYS = "federation.json", "aggregator-keys.json"
@@ -110,7 +110,7 @@ class FederationFolder:
         return AggregatorChannel(
             self.federation.name, statement=statement, signing=SigningKey.read(self._signing(keys.serial)),
             opening=tuple(OpeningKey.read(self._opening(serial)) for serial in opening),
-            sites={keys.site: keys.signing for keys in self.roster()},
+            sites=_Roster(self),
         )  # fmt: skip
 
     def rotate(self, *, passphrase: bytes | None = None) -> AggregatorKeys:
@@ -120,10 +120,10 @@ class FederationFolder:
         """
         identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
         before = self.keys.serial
+        _issue(self.path, split_address(self.federation.address)[0])  # first: without the authority nothing changes
         self._new_keys(identity, serial=before + 1)
         for old in (self._signing(before), self._signing(before - 1), self._opening(before - 1)):
             old.unlink(missing_ok=True)
-        _issue(self.path, split_address(self.federation.address)[0])
         return self.keys
 
     def _new_keys(self, identity: SigningKey, *, serial: int) -> None:
@@ -214,6 +214,23 @@ class FederationFolder:
             when = f"end in {left:.0f} days" if left > 0 else f"ended on {self.keys.not_after:%Y-%m-%d}"
             found.append(f"the aggregator's keys {self.keys.serial} {when}")
         return found
+
+
+class _Roster(Mapping[str, VerifyKey]):
+    """Site to signing key, read anew each time: what was revoked a moment ago is no site."""
+
+    def __init__(self, folder: FederationFolder) -> None:
+        folder.roster()  # a damaged one is said at once
+        self._folder = folder
+
+    def __getitem__(self, site: str) -> VerifyKey:
+        return {keys.site: keys.signing for keys in self._folder.roster()}[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([keys.site for keys in self._folder.roster()])
+
+    def __len__(self) -> int:
+        return len(self._folder.roster())
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -246,8 +246,8 @@ class Sites:
                 reply = opened(reply, self.channel, instruction)
         except (ProtocolError, TrustError) as error:
             raise ProtocolError(f"{place}: {error.message}", hint=error.hint) from None
-        if isinstance(reply, Refusal):
-            return reply
+        if isinstance(reply, Refusal) and not reply.site_id:
+            return reply  # a site that could not even read its own settings
         if self.names.setdefault(node, reply.site_id) != reply.site_id:
             raise ProtocolError(f"{place} answers as site {reply.site_id}")
         if list(self.names.values()).count(reply.site_id) > 1:

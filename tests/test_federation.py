@@ -18,7 +18,8 @@ from shared.protection.sealed import Context
 
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 IDENTITY, SITE = SigningKey.generate(), SigningKey.generate()
-FEDERATION = Federation("retina-2026", "fl.example.org:9443", "-----BEGIN CERTIFICATE-----\n", IDENTITY.public)
+PEM = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+FEDERATION = Federation("retina-2026", "fl.example.org:9443", PEM, IDENTITY.public)
 KEYS = AggregatorKeys(
     "retina-2026", 1, SigningKey.generate().public, OpeningKey.generate().public, NOW, NOW + timedelta(days=90)
 )
@@ -35,7 +36,7 @@ def test_a_federation_is_read_back_and_its_fingerprint_does_not_depend_on_where_
     assert read == FEDERATION
     moved = dataclasses.replace(FEDERATION, address="other.example.org:443")
     assert moved.fingerprint == FEDERATION.fingerprint
-    for changes in ({"name": "retina-2027"}, {"authority": "other"}, {"identity": SITE.public}):
+    for changes in ({"name": "retina-2027"}, {"authority": PEM.replace("A", "B")}, {"identity": SITE.public}):
         assert dataclasses.replace(FEDERATION, **changes).fingerprint != FEDERATION.fingerprint
 
 
@@ -46,6 +47,21 @@ def test_a_kit_that_somebody_changed_says_so_or_has_another_fingerprint() -> Non
     forged = dataclasses.replace(FEDERATION, identity=thief.public)
     read = Federation.read(written(forged.statement(thief)), what="the kit")  # well made, and of somebody else
     assert read.fingerprint != FEDERATION.fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # What a terminal would show as the fingerprint of somebody else's federation.
+        {"address": "fl.example.org:9443\nfingerprint: aaaa aaaa\n\x1b[8m"}, {"address": "fl.example.org:9443, x"},
+        {"address": "fl.example.org"}, {"address": ""}, {"authority": ""}, {"authority": "/etc/passwd"},
+        {"authority": PEM + "\x1b[8m"},
+    ],
+)  # fmt: skip
+def test_a_kit_s_address_and_authority_are_what_they_must_be(changes: dict[str, Any]) -> None:
+    wrong = dataclasses.replace(FEDERATION, **changes)
+    with pytest.raises(TrustError, match=r"no host and port|no certificate in PEM"):
+        Federation.read(written(wrong.statement(IDENTITY)), what="the kit")
 
 
 @pytest.mark.parametrize("name", ["", "Retina", "a b", "-a", "a" * 41, "ä"])

@@ -13,6 +13,7 @@ from deployed_site import OPEN, round_of
 from joined_sites import sent, signed
 from toy_federation import make_sites, toy_policy
 
+import client.worker
 from client.joining import Joined, join
 from client.site import forget_site
 from server.federation import CERTIFICATE, FederationFolder, split_address
@@ -21,7 +22,7 @@ from shared.errors import TrustError, UsageError
 from shared.protection.federation import SiteKeys
 from shared.protection.keys import read_node_key
 from shared.protection.kit import MOST_BYTES, NAMES, read_kit
-from shared.records import SiteReply
+from shared.records import Refusal, SiteReply, encode_instruction
 
 
 @pytest.fixture
@@ -140,6 +141,54 @@ def test_a_revoked_site_is_no_site_at_once_and_may_come_back_with_new_keys(
         (site / name).unlink()
     assert admitted(operator, site) != before
     assert isinstance(answer(operator, site, 2), SiteReply)
+
+
+def test_a_revocation_counts_for_a_run_that_is_going_on(operator: FederationFolder, site: Path) -> None:
+    admitted(operator, site)
+    asked, channel = round_of(1), operator.channel()
+    reply = sent(site, signed(channel, asked))
+    operator.revoke("site-0")
+    with pytest.raises(TrustError, match="is no site of federation"):
+        opened(reply, channel, asked)
+
+
+def test_a_newer_kit_brings_newer_keys_and_an_older_one_changes_nothing(operator: FederationFolder, site: Path) -> None:
+    joined(operator, site)
+    old = (site.parent / "kit.zip").rename(site.parent / "old.zip")
+    operator.rotate()
+    joined(operator, site)
+    newest = (site / "aggregator-keys.json").read_bytes()
+    assert json.loads(newest)["serial"] == 2
+    join(site, read_kit(old), site_id="site-0")
+    assert (site / "aggregator-keys.json").read_bytes() == newest
+    (site / "aggregator-keys.json").write_text("damaged")
+    joined(operator, site)
+    assert (site / "aggregator-keys.json").read_bytes() == newest
+
+
+def test_a_site_whose_federation_was_taken_away_does_not_answer_in_clear(
+    operator: FederationFolder, site: Path
+) -> None:
+    admitted(operator, site)
+    (site / "federation.json").unlink()
+    for records in (encode_instruction(round_of(1)), signed(operator.channel(), round_of(1))):
+        assert isinstance(sent(site, records), Refusal)
+    assert "federation.json is missing" in (site / "site.log").read_text()
+
+
+def test_no_worker_answers_for_a_site_that_joined_nothing(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["worker", str(site)])
+    with pytest.raises(SystemExit, match="joined no federation"):
+        client.worker.main()
+
+
+def test_a_rotation_that_cannot_be_whole_changes_nothing(operator: FederationFolder) -> None:
+    (operator.path / "keys/authority.key").rename(operator.path / "offline.key")
+    before = {path.name: path.read_bytes() for path in (operator.path / "keys").iterdir()}
+    with pytest.raises(TrustError, match=r"authority\.key cannot be read"):
+        operator.rotate()
+    assert operator.keys.serial == 1
+    assert {path.name: path.read_bytes() for path in (operator.path / "keys").iterdir()} == before
 
 
 def test_keys_and_certificate_rotate_without_a_new_kit(operator: FederationFolder, site: Path) -> None:

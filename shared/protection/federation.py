@@ -22,6 +22,8 @@ from shared.protection.keys import SealFor, SigningKey, VerifyKey, fingerprint
 from shared.protection.statements import canonical, read_statement, sign_statement
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")  # a federation's, and short enough for a certificate
+_ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\n(?:[A-Za-z0-9+/=]{1,76}\n)+-----END CERTIFICATE-----\n?")
 KEYS_DAYS = 90  # of an aggregator's keys
 OVERLAP = timedelta(days=7)  # for which the keys before are still taken
 CLOCKS = timedelta(minutes=10)  # by which two clocks may differ
@@ -54,6 +56,11 @@ class Federation:
         found = read_statement(content, "federation", types, None, what=what)
         if not NAME.fullmatch(found["name"]):
             raise TrustError(f"{what}: the name of the federation is not 1 to 40 small letters, digits and dashes")
+        # Both are shown to people or read by TLS: an address with a line break could show them another fingerprint.
+        if not _ADDRESS.fullmatch(found["address"]):
+            raise TrustError(f"{what}: the address is no host and port")
+        if not _CERTIFICATE.fullmatch(found["authority"]):
+            raise TrustError(f"{what}: the authority is no certificate in PEM")
         return cls(found["name"], found["address"], found["authority"], VerifyKey.from_text(found["signing-key"]))
 
     @property
