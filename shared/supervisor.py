@@ -4,9 +4,10 @@
     FOLDER/run/status.json  its process, and for each program process, starts, since when, how it ended last
     FOLDER/logs/NAME.log    what a program says, as text; turned over at 10 MB, five are kept
 
-A program that ends is started again after `restart_seconds`, longer after each quick end (doubling to a minute), for as
-long as it takes: Flower refuses a node for a minute after it was killed. Programs are ended in the opposite order of
-their start, and are killed when they do not end. When the supervisor itself is killed, the kernel ends its programs.
+A program that ends is started again after `restart_seconds`, longer after each quick end (doubling up to
+`most_seconds`), for as long as it takes: Flower refuses a node for a minute after it was killed. Programs are ended in
+the opposite order of their start, and are killed when they do not end. When the supervisor itself is killed, the kernel
+ends its programs.
 Linux only. Not here: what is run (`client.deployment`, `server.deployment`), and a machine that starts again (systemd).
 """
 
@@ -36,7 +37,7 @@ from shared.errors import FederationError
 RUN, LOGS = "run", "logs"
 LOCK, STATUS = "lock", "status.json"
 LOG_BYTES, LOG_FILES = 10_000_000, 5
-QUICK_SECONDS, MOST_SECONDS = 30.0, 60.0  # a program that ran for less ended quickly; the longest wait before a start
+QUICK_SECONDS = 30.0  # a program that ran for less ended quickly
 END_SECONDS = 20.0  # before a program is killed
 POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
@@ -51,12 +52,14 @@ class Program:
         name: of its log, and in the status.
         environment: beside this process's own.
         restart_seconds: before it is started again, the first time.
+        most_seconds: before it is started again, ever.
     """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     restart_seconds: float = 1.0
+    most_seconds: float = 60.0
 
 
 class _Running:
@@ -106,7 +109,8 @@ class _Running:
     def _note_end(self, how: str) -> None:
         ran = time.monotonic() - self.since
         self.process, self.ended = None, f"{_now()}: {how}, after {ran:.0f} s"
-        self._wait = min(2 * self._wait, MOST_SECONDS) if ran < QUICK_SECONDS else self.program.restart_seconds
+        quick = ran < QUICK_SECONDS
+        self._wait = min(2 * self._wait, self.program.most_seconds) if quick else self.program.restart_seconds
         self.due = time.monotonic() + self._wait
         self.log.info("--- %s; it is started again in %.0f s", self.ended, self._wait)
 

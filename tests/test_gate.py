@@ -20,9 +20,10 @@ CALLS = {
     "build": {"client.app", "client.query", "client.site"}, "print": set(),
 }  # fmt: skip
 # Ways out of a process that a site has no use for. `client.app` alone makes messages of Flower's, and `client.worker`
-# carries them, which it cannot make.
+# carries them, which it cannot make; `client.deployment` looks for a free port of this machine's loopback.
 IMPORTS = {
-    "flwr": {"client.app", "client.worker"}, "typer": {"client.cli"}, "rich": set(), "socket": set(), "ssl": set(),
+    "flwr": {"client.app", "client.worker"}, "typer": {"client.cli"}, "rich": set(), "ssl": set(),
+    "socket": {"client.deployment"},
     "http": set(), "urllib": set(), "urllib3": set(), "requests": set(), "httpx": set(), "aiohttp": set(),
     "asyncio": set(),
     "ftplib": set(), "smtplib": set(), "socketserver": set(), "xmlrpc": set(), "grpc": set(), "ray": set(),

@@ -81,7 +81,7 @@ def hostile_bundle(evil: Path) -> dict[str, bytes]:
 
 def send(here: Flower, place: Path, files: Mapping[str, bytes], name: str) -> SiteReply | Refusal:
     here.run(files, name=name)
-    eventually(lambda: (place / "up").exists(), "an answer", 90.0)
+    eventually(lambda: (place / "up").exists(), "an answer", 120.0)
     said = (place / "up").read_bytes()
     (place / "up").unlink()
     assert said, "an error of Flower's came back"
