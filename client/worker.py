@@ -102,7 +102,7 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
     )
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     context: Context | None = None
-    status, details = "failed", ""
+    status = "failed"
     try:
         heartbeat.start()
         message, context, _, bundle = pull_task_input(client)
@@ -117,7 +117,7 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
         if heartbeat.is_running:
             heartbeat.stop()
         try:
-            push_task_output(client, context, status, details)
+            push_task_output(client, context, status, details="")
         except Exception as error:  # a run that was stopped meanwhile takes no output: the next task is another's
             log_exception(site_dir, error)
         client.close()

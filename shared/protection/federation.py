@@ -25,7 +25,6 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")  # a federation's, an
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\n(?:[A-Za-z0-9+/=]{1,76}\n)+-----END CERTIFICATE-----\n?")
 KEYS_DAYS = 90  # of an aggregator's keys
-OVERLAP = timedelta(days=7)  # for which the keys before are still taken
 CLOCKS = timedelta(minutes=10)  # by which two clocks may differ
 
 

@@ -22,7 +22,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -44,14 +44,16 @@ _BLOCK = re.compile(rb"-----BEGIN [A-Z ]+-----.+?-----END [A-Z ]+-----\s*", re.D
 
 
 @dataclass(frozen=True)
-class VerifyKey:
-    """The public half of a `SigningKey`: 32 bytes."""
+class _PublicKey:
+    """Raw bytes of a fixed size; `TrustError` for any other."""
 
+    SIZE: ClassVar[int]
+    WHAT: ClassVar[str]
     raw: bytes
 
     def __post_init__(self) -> None:
-        if len(self.raw) != SIGNING_BYTES:
-            raise TrustError(f"a public signing key has {SIGNING_BYTES} bytes, not {len(self.raw)}")
+        if len(self.raw) != self.SIZE:
+            raise TrustError(f"a {self.WHAT} has {self.SIZE} bytes, not {len(self.raw)}")
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -60,6 +62,12 @@ class VerifyKey:
     @property
     def text(self) -> str:
         return to_base64(self.raw)
+
+
+class VerifyKey(_PublicKey):
+    """The public half of a `SigningKey`: 32 bytes."""
+
+    SIZE, WHAT = SIGNING_BYTES, "public signing key"
 
     def check(self, signature: bytes, content: bytes, what: str) -> None:
         """`TrustError` unless the signature over exactly this content is by this key; `what` names it to a person."""
@@ -99,23 +107,10 @@ class SigningKey:
         return self._private.sign(content)
 
 
-@dataclass(frozen=True)
-class SealFor:
+class SealFor(_PublicKey):
     """The public half of an `OpeningKey`: the recipient of sealed replies. ML-KEM's 1,184 bytes, then X25519's 32."""
 
-    raw: bytes
-
-    def __post_init__(self) -> None:
-        if len(self.raw) != SEALING_BYTES:
-            raise TrustError(f"a public sealing key has {SEALING_BYTES} bytes, not {len(self.raw)}")
-
-    @classmethod
-    def from_text(cls, text: str) -> Self:
-        return cls(from_base64(text))
-
-    @property
-    def text(self) -> str:
-        return to_base64(self.raw)
+    SIZE, WHAT = SEALING_BYTES, "public sealing key"
 
     @property
     def id(self) -> bytes:
