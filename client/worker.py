@@ -8,7 +8,7 @@ the refusal `release`, and the site's log says which bundle that was.
 
 One long process instead of one for each message, so records and features stay in memory. When it dies, whoever
 supervises it starts another; the ledger holds what was charged.
-Uses parts of Flower 1.41 that are not public; all of them are imported here.
+Not here: how work is asked for (`shared.flower_runtime`).
 """
 
 from __future__ import annotations
@@ -19,22 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from flwr.app import Context
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.interceptors import (
-    RuntimeTokenHttpInterceptor,
-    RuntimeVersionHttpInterceptor,
-    SuperExecAuthHttpInterceptor,
-)
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import make_simple_http_retry_invoker
-from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from client.app import app, refuse_bundle
@@ -42,34 +31,9 @@ from client.membership import open_channel
 from client.policy import SitePolicy
 from client.settings import SiteConfig, log_exception
 from shared.app_bundle import bundle_digest
+from shared.flower_runtime import Runtime, WorkSource
 
-# In the site's folder: where its SuperNode hands out tasks, and what both know.
-ADDRESS, CERTIFICATE, SECRET = "run/runtime-address", "keys/runtime-authority.crt", "keys/runtime-secret"
 POLL_SECONDS = 0.2
-_ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where the SuperNode hands out tasks, on this machine.
-
-    Attributes:
-        address: host and port, on loopback.
-        certificate: PEM of its own certificate.
-        secret: shared with the SuperNode; whoever knows it may take tasks.
-    """
-
-    address: str
-    certificate: bytes
-    secret: bytes = field(repr=False)
-
-    @classmethod
-    def read(cls, site_dir: Path) -> Self:
-        """As `fedcanvas client start` leaves it in the site's folder."""
-        return cls(
-            (site_dir / ADDRESS).read_text().strip(), (site_dir / CERTIFICATE).read_bytes(),
-            (site_dir / SECRET).read_bytes(),
-        )  # fmt: skip
 
 
 def work(
@@ -80,26 +44,18 @@ def work(
     Args:
         bundles: SHA-256 of bundles whose messages are answered, 64 hex digits each.
     """
-    auth = SuperExecAuthHttpInterceptor(master_secret=runtime.secret, protected_methods=_ACQUIRE)
-    client = _client(runtime, [RuntimeVersionHttpInterceptor(component_name="SuperExec"), auth])
-    try:
+    with WorkSource(runtime, TaskType.CLIENT_APP) as source:
         while not stopped():
-            found: AcquireTaskResponse = client.AcquireTask(
-                AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
-            )
-            if found.HasField("task") and found.token:
-                _answer_task(site_dir, runtime, found.token, bundles)
+            token = source.take()
+            if token is not None:
+                _answer_task(site_dir, runtime, token, bundles)
             else:
                 time.sleep(POLL_SECONDS)
-    finally:
-        client.close()
 
 
 def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collection[str]) -> None:
     """One message. Whatever goes wrong is the site's own log's; what leaves is a reply or a code."""
-    client = _client(
-        runtime, [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)]
-    )
+    client = runtime.client_of_task(token, program="flwr-clientapp")
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     context: Context | None = None
     status = "failed"
@@ -121,13 +77,6 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
         except Exception as error:  # a run that was stopped meanwhile takes no output: the next task is another's
             log_exception(site_dir, error)
         client.close()
-
-
-def _client(runtime: Runtime, interceptors: list[ProtobufClientInterceptor]) -> RuntimeHttpClient:
-    return RuntimeHttpClient.from_server_address(
-        server_address=runtime.address, insecure=False, root_certificates=runtime.certificate,
-        interceptors=interceptors, retry_invoker=make_simple_http_retry_invoker(),
-    )  # fmt: skip
 
 
 def main() -> None:

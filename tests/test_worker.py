@@ -16,9 +16,9 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from joined_sites import Operator, signed
 from toy_federation import make_sites, toy_policy
 
-from client.worker import ADDRESS, CERTIFICATE, SECRET
 from server.rounds import opened
 from shared.app_bundle import bundle_digest, bundle_files, digest_of_bundle
+from shared.flower_runtime import ADDRESS, AUTHORITY, SECRET
 from shared.protection.keys import write_private
 from shared.records import (
     Refusal,
@@ -91,7 +91,7 @@ def send(here: Flower, place: Path, files: Mapping[str, bytes], name: str) -> Si
 def start_worker(here: Flower, site: Path, port: int) -> subprocess.Popen[bytes]:
     (site / "run").mkdir(exist_ok=True)
     (site / ADDRESS).write_text(f"127.0.0.1:{port}")
-    (site / CERTIFICATE).write_bytes((here.folder / "ca.crt").read_bytes())
+    (site / AUTHORITY).write_bytes((here.folder / "ca.crt").read_bytes())
     if not (site / SECRET).exists():
         write_private(site / SECRET, (here.folder / "secret").read_bytes())
     return here.start(sys.executable, "-m", "client.worker", str(site))
