@@ -191,6 +191,7 @@ class Site:
             )
             self.log(f"run {run_id} round {instruction.server_round}: asked again, the same bytes are sent again")
             return reply
+        self._check_order(instruction, run)
         records = self._open_records(public)
         local_steps = config.federation.local_steps
         moments = instruction.kind == "moments"
@@ -239,6 +240,20 @@ class Site:
             raise LedgerError(
                 f"run {instruction.run_id}: the server shows a release that this ledger does not have",
                 hint="the ledger was set back or copied: find the newest one; until then no more of this run leaves",
+            )
+
+    def _check_order(self, instruction: RoundInstruction, run: RunAccount) -> None:
+        """Nothing before what was charged last is charged: a relay that recorded signed instructions of a run could
+        send two of them by turns until the run's slack is used up.
+
+        A simulated site has no relay, and after a power cut its server may lack the sum of an earlier round.
+        """
+        asked = instruction.server_round, instruction.attempt
+        if asked < run.furthest and not self.simulated:
+            raise SiteRefusal(
+                RefusalCode.MESSAGE,
+                f"round {asked[0]}, attempt {asked[1]} of run {instruction.run_id} came after round {run.furthest[0]},"
+                f" attempt {run.furthest[1]} was charged",
             )
 
     def _reserve(

@@ -21,11 +21,21 @@ def fsync_folder(path: Path) -> None:
     fsync_file(path)
 
 
+def make_folder(path: Path, *, durable: bool, mode: int = 0o777) -> None:
+    """A folder with all above it; with `durable` each new name is on disk before this returns."""
+    if path.is_dir():
+        return
+    make_folder(path.parent, durable=durable, mode=mode)
+    path.mkdir(mode=mode, exist_ok=True)
+    if durable:
+        fsync_folder(path.parent)
+
+
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> Path:
     """`path` with `content`, or as it was before: temporary file, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, durable=durable)
         with temporary.open("wb") as file:
             file.write(content)
             if durable:

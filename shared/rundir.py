@@ -7,7 +7,7 @@
     timings.jsonl      seconds of every round, never compared, never cut
     reference.json     where the public reference set lies on the server, if there is one
     checkpoints/       round-00050.safetensors, the last two
-    releases/          noised sums that arrived after the last checkpoint
+    releases/          noised sums that arrived after the last checkpoint but one
     samples/           round-00050.png
     model/             generator.safetensors (EMA), discriminator.safetensors, model.json
     result.json sheet.png report.html
@@ -16,7 +16,7 @@
 A SIGKILL at any moment, then `resume`, ends in the files of an undisturbed run (timings, and what `spent.jsonl`
 counts twice, excepted). Rounds whose noised sum is in `releases/` are replayed from it: that is post-processing
 and asks nothing of any site. Only a round that was charged and whose sum did not arrive is asked for again, and
-that is charged again.
+that is charged again. Between institutions a power cut takes no sum either, since sites answer no round that is over.
 
 Nothing of a site's images or captions is ever written here. Not covered: two machines that share the folder
 (the lock is the kernel's), and a disk that loses what it confirmed.
@@ -155,7 +155,7 @@ class RunDirectory:
                 _remove(leftover)
             run._checkpoint, events_bytes = run._newest_checkpoint()
             if run._checkpoint is not None:
-                run._remove_superseded(run._checkpoint[0])
+                run._remove_superseded()
             run._cut_line("spent.jsonl")
             run._cut_line("timings.jsonl")
             events = path / "events.jsonl"
@@ -283,12 +283,13 @@ class RunDirectory:
 
     def remember_sites(self, heads: Mapping[str, str], left: Mapping[str, str], server_round: int) -> None:
         """Keeps the heads that replies carried, and the first refusal of a site."""
+        durable = bool(left) or self.entropy == "system"
         known = self._sites()
         for site, code in left.items():
             known["left"].setdefault(site, {"server_round": server_round, "code": code})
         known["heads"].update(heads)
-        # As with releases: what a power cut takes from it is an older head, which every site still knows.
-        write_whole(self.path / "sites.json", to_json(known), durable=bool(left))
+        # In a simulation a power cut may take the newest head: the one before it is a head that every site knows too.
+        write_whole(self.path / "sites.json", to_json(known), durable=durable)
 
     def heads(self) -> dict[str, str]:
         """Site id to the head of the run that its last reply carried."""
@@ -308,7 +309,9 @@ class RunDirectory:
     # ---- releases and checkpoints
 
     def save_release(self, server_round: int, total: np.ndarray, *, replies: int) -> None:
-        """Keeps the noised sum of a round until a checkpoint holds what was made of it.
+        """Keeps the noised sum of a round until two checkpoints hold what was made of it.
+
+        Between institutions it is on disk when this returns: no site answers a round that is over.
 
         Args:
             total: int64 sum over sites, as it goes into the server's step. It has left the sites already.
@@ -317,8 +320,9 @@ class RunDirectory:
 
         total = np.ascontiguousarray(total, dtype=np.int64)
         about = {"replies": replies, "digest": hashlib.sha256(total.tobytes()).hexdigest()}
-        # No fsync: a sum that a power cut loses is asked for, and charged, again; the digest finds a torn one.
-        write_whole(self._release_path(server_round), save({"total": total}, _about(about)), durable=False)
+        # No fsync in a simulation: its sites answer again what a power cut takes, and the digest finds a torn sum.
+        durable = self.entropy == "system"
+        write_whole(self._release_path(server_round), save({"total": total}, _about(about)), durable=durable)
 
     def load_release(self, server_round: int) -> tuple[np.ndarray, int] | None:
         """(total, replies) of a round that was released before the run was interrupted, or `None`."""
@@ -356,7 +360,7 @@ class RunDirectory:
             "state": tree,
         }
         write_whole(self._checkpoint_path(server_round), save(tensors, _about(about)))
-        self._remove_superseded(server_round)
+        self._remove_superseded()
 
     def load_latest_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
         """(round, state) that `resume` went back to; `None` for a run that has none yet."""
@@ -457,11 +461,14 @@ class RunDirectory:
                 continue  # damaged on disk: the one before it is as good, only older
         return None, 0
 
-    def _remove_superseded(self, server_round: int) -> None:
-        for old in self._checkpoint_paths()[:-KEPT_CHECKPOINTS]:
+    def _remove_superseded(self) -> None:
+        """What no resume can need: where the newest checkpoint is damaged, the one before it goes on from the sums."""
+        paths = self._checkpoint_paths()
+        for old in paths[:-KEPT_CHECKPOINTS]:
             _remove(old)
+        since = _round_of(paths[-KEPT_CHECKPOINTS]) if len(paths) >= KEPT_CHECKPOINTS else -1
         for release in sorted((self.path / "releases").glob("round-*.safetensors")):
-            if _round_of(release) <= server_round:
+            if _round_of(release) <= since:
                 _remove(release)
 
     def _checkpoint_path(self, server_round: int) -> Path:

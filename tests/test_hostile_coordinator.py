@@ -593,17 +593,17 @@ def test_an_instruction_that_is_sent_again_gets_the_same_bytes_and_is_charged_on
     assert len(entries(site, "resent")) == 101
 
 
-def test_rounds_out_of_order_and_again_are_each_charged_until_nothing_is_reserved(site: Path) -> None:
+def test_rounds_left_out_and_again_are_each_charged_until_nothing_is_reserved(site: Path) -> None:
     rng = np.random.default_rng(0)
-    asked = [
-        round_of(server_round, weights=rng.standard_normal(SIZE).astype(np.float32))
-        for server_round in (3, 1, 1, 4, 2, 2, 4)
-    ]
+    rounds = (1, 1, 3, 3, 3, 4, 4)
+    asked = [round_of(server_round, weights=rng.standard_normal(SIZE).astype(np.float32)) for server_round in rounds]
     envelopes = [reply_of(site, each).envelope for each in asked]
     assert len(set(envelopes)) == 7
-    assert [entry["server_round"] for entry in entries(site, "charge")] == [3, 1, 1, 4, 2, 2, 4]
-    for each in (*asked[:-1], round_of(1), round_of(3)):  # only the very last reply is kept
+    assert [entry["server_round"] for entry in entries(site, "charge")] == list(rounds)
+    for each in (asked[-2], round_of(4), round_of(4, attempt=2)):  # only the very last reply is kept
         assert code_of(site, each) == RefusalCode.SITE
+    for each in (*asked[:-2], round_of(1), round_of(2), round_of(3, attempt=9)):
+        assert code_of(site, each) == RefusalCode.MESSAGE
     assert reply_of(site, asked[-1]).envelope == envelopes[-1]
     assert sum(entry["steps"] for entry in entries(site, "charge")) == 7
     (run,) = entries(site, "run")
@@ -618,7 +618,7 @@ def test_moments_are_released_once_whatever_is_changed_in_the_question(site: Pat
     other = instruction(config, kind="moments", server_round=0, weights=np.ones(SIZE, np.float32))
     assert code_of(site, other, kind="train.moments") == RefusalCode.SITE
     reply_of(site, instruction(config))
-    assert code_of(site, asked, kind="train.moments") == RefusalCode.SITE  # no longer kept, and not made again
+    assert code_of(site, asked, kind="train.moments") == RefusalCode.MESSAGE  # no longer kept, nor in place
     assert [entry["release"] for entry in entries(site, "charge")] == ["moments", "gradient"]
 
 
@@ -635,6 +635,23 @@ def test_new_names_of_one_run_are_priced_anew_until_the_lifetime_is_used_up(site
     for place in range(50):
         assert code_of(site, round_of(run_id=f"more-{place}")) == RefusalCode.SITE
     assert (site / LEDGER).read_bytes() == before
+
+
+def test_recorded_instructions_that_come_again_by_turns_use_nothing_up(site: Path) -> None:
+    """A relay holds whatever the server signed; the site keeps only its last reply."""
+    recorded = [round_of(1), round_of(2), round_of(2, attempt=2, weights=2 * flat_parameters(MODEL))]
+    for asked in recorded:
+        last = wire(sent(site, asked))
+    for _ in range(3):
+        assert [code_of(site, asked) for asked in recorded[:2]] == [RefusalCode.MESSAGE] * 2
+        assert wire(sent(site, recorded[2])) == last
+    forget_site(site)  # also after a restart
+    assert code_of(site, recorded[1]) == RefusalCode.MESSAGE
+    assert [(e["server_round"], e["attempt"]) for e in entries(site, "charge")] == [(1, 1), (2, 1), (2, 2)]
+    # The very instruction that was answered last is answered as it was, whatever its attempt says.
+    assert wire(sent(site, replace(recorded[2], attempt=1))) == last
+    reply_of(site, round_of(3))
+    assert len(entries(site, "charge")) == 4
 
 
 # ---- approval

@@ -223,6 +223,42 @@ def test_a_charge_is_on_disk_when_the_call_returns(tmp_path: Path, monkeypatch: 
     assert order[1] == str((tmp_path / "run").resolve())
 
 
+def test_between_institutions_a_sum_is_on_disk_when_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No site answers a round that is over, so what a power cut took could never be had again."""
+    synced: list[str] = []
+    plain = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), run.path.resolve()))
+        plain(descriptor)
+
+    for entropy in ("seeded", "system"):
+        with RunDirectory.create(tmp_path / entropy, config=CONFIG, prompts=PROMPTS, entropy=entropy) as run:  # type: ignore[arg-type]
+            monkeypatch.setattr(os, "fsync", noted)
+            run.remember_sites({"site-0": "ab" * 32}, {}, 1)
+            run.save_release(1, np.arange(3), replies=2)
+            monkeypatch.undo()
+    # The folder's own name is new, and with it all that lies under it could go.
+    file = "releases/round-00001.safetensors.tmp"
+    assert synced == ["sites.json.tmp", ".", ".", file, "releases"]
+
+
+def test_with_its_newest_checkpoint_damaged_a_run_asks_for_no_round_again(undisturbed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with start_or_resume(path) as run:
+        play(run)
+    (path / f"checkpoints/round-{ROUNDS:05d}.safetensors").write_bytes(b"damaged")
+    with start_or_resume(path) as again:
+        restored = again.load_latest_checkpoint()
+        assert restored is not None
+        assert restored[0] == ROUNDS - 1
+        play(again)
+        assert again.steps_charged() == ROUNDS
+    assert contents(path) == contents(undisturbed)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

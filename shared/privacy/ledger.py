@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shared import disk
 from shared.disk import fsync_folder
 from shared.errors import BudgetExhausted, LedgerError
 from shared.plain import plain
@@ -89,7 +90,11 @@ class RunTerms:
 
 @dataclass
 class RunAccount:
-    """One run as the ledger holds it."""
+    """One run as the ledger holds it.
+
+    Attributes:
+        furthest: the last round that was charged, and its highest attempt.
+    """
 
     terms: RunTerms
     price: Price
@@ -99,6 +104,7 @@ class RunAccount:
     unsampled: int = 0
     charges: int = 0
     commits: int = 0
+    furthest: tuple[int, int] = (0, 0)
     head: str = BEFORE_THE_FIRST
     heads: set[str] = field(default_factory=set)
     closed: str | None = None
@@ -456,6 +462,7 @@ class Ledger:
         elif kind == "charge":
             account = self.runs[entry["run"]]
             account.charges += 1
+            account.furthest = max(account.furthest, (entry["server_round"], entry["attempt"]))
             account.steps += entry["steps"]
             account.unsampled += entry["release"] in UNSAMPLED
             account.head = run_head(account.head, entry)
@@ -523,13 +530,8 @@ def run_head(before: str, charge: Mapping[str, Any]) -> str:
 
 def make_folder(path: Path, *, durable: bool) -> None:
     """A folder of the site with all above it; for its owner only. Each new name is on disk before this returns."""
-    if path.is_dir():
-        return
-    make_folder(path.parent, durable=durable)
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        if durable:
-            fsync_folder(path.parent)
+        disk.make_folder(path, durable=durable, mode=0o700)
     except OSError as error:
         raise _unwritable(path, error) from None
 
