@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,18 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.gate import SealedRefusal, Slot, build
-from client.membership import question_of
-from client.settings import RELEASE_CODE, SETTINGS, log_exception, note_refusal
+from client.membership import open_channel, question_of
+from client.settings import (
+    RELEASE_CODE,
+    SETTINGS,
+    SLOT_SECONDS,
+    SiteConfig,
+    log,
+    log_exception,
+    note_refusal,
+)
 from client.site import Site, SiteRefusal, open_site
-from shared.errors import ConfigError, FedCanvasError, FederationError, ProtocolError, TrustError
+from shared.errors import ConfigError, FederationError, ProtocolError, TrustError
 from shared.records import (
     MESSAGE_TYPES,
     NOT_TOLD,
@@ -58,12 +66,9 @@ def make_app(site_dirs: Sequence[Path] | None = None) -> ClientApp:
 
 
 def answer(message: Message, context: Context, *, site_dirs: tuple[str, ...] | None, release: str) -> Message:
-    """Always a reply: the site's, or its refusal, and at a deployed site at the end of a public slot."""
-    slot, asked = Slot(), _Asked()
-    reply = _answer(message, context, asked, site_dirs=site_dirs, release=release)
-    if asked.site is not None and (used := slot.wait(asked.site.slot_seconds)) > 1:
-        asked.site.log(f"incident: the answer missed {used - 1} slot(s) of {asked.site.slot_seconds:g} s")
-    return Message(encode_reply(_sealed(reply, asked)), reply_to=message)
+    """Always a reply: the site's, or its refusal."""
+    asked = _Asked()
+    return _leaving(_answer(message, context, asked, site_dirs=site_dirs, release=release), asked, message)
 
 
 @dataclass
@@ -71,8 +76,10 @@ class _Asked:
     """Who was asked for what, as far as it is known."""
 
     folder: Path | None = None
+    deployed: bool = False
     site: Site | None = None
     instruction: RoundInstruction | None = None
+    slot: Slot = field(default_factory=Slot)
 
 
 def _answer(
@@ -80,6 +87,7 @@ def _answer(
 ) -> SiteReply | Refusal:  # fmt: skip
     try:
         asked.folder, simulated = _find_site(context, site_dirs)
+        asked.deployed = not simulated
         if release != RELEASE:
             raise FederationError(f"the run was started by other code than {Path(__file__).parents[1]} holds")
         asked.site = open_site(asked.folder, simulated=simulated)
@@ -109,31 +117,56 @@ def _check_signature(records: RecordDict, site: Site) -> None:
 
 
 def refuse_bundle(message: Message, folder: Path, digest: str) -> Message:
-    """The answer to whatever came with another bundle than this release's; nothing of the message is read."""
-    asked = _Asked(folder)
-    with contextlib.suppress(FedCanvasError):
-        asked.site = open_site(folder, simulated=False)
+    """The answer to whatever came with another bundle than this release's; nothing of the message is decoded."""
+    asked = _Asked(folder, deployed=True)
     error = FederationError(f"the message came with the bundle {digest}, which the site's policy does not allow")
-    return Message(encode_reply(_sealed(_refuse(RefusalCode.RELEASE, asked, error), asked)), reply_to=message)
+    return _leaving(_refuse(RefusalCode.RELEASE, asked, error), asked, message)
 
 
-def _sealed(reply: SiteReply | Refusal, asked: _Asked) -> SiteReply | Refusal:
-    """Between institutions a refusal is sealed as a reply is; a reply was, before the ledger noted that it leaves."""
-    channel = asked.site.channel if asked.site is not None else None
-    if channel is None or isinstance(reply, SiteReply):
-        return reply
-    known = asked.instruction
-    content = channel.seal("refusal", reply.code.encode(), context=question_of(channel, known))
-    run_id, server_round = (NOT_TOLD, 0) if known is None else (known.run_id, known.server_round)
-    return build(SealedRefusal(run_id, server_round, content), site_id=channel.site)
+def _leaving(reply: SiteReply | Refusal, asked: _Asked, message: Message) -> Message:
+    """Sealed where a federation was joined, and at a deployed site at the end of a public slot, whatever is broken."""
+    seconds = 0.0
+    if asked.folder is not None and asked.deployed:
+        config = asked.site.config if asked.site is not None else _read_settings(asked.folder)
+        seconds = SLOT_SECONDS if config is None else config.slot_seconds
+        if isinstance(reply, Refusal):  # a reply is sealed before the ledger notes that it leaves
+            reply = _sealed(reply, asked, asked.folder, None if config is None else config.site_id)
+    if (used := asked.slot.wait(seconds)) > 1 and asked.folder is not None:
+        log(asked.folder, f"incident: the answer missed {used - 1} slot(s) of {seconds:g} s")
+    return Message(encode_reply(reply), reply_to=message)
+
+
+def _sealed(refusal: Refusal, asked: _Asked, folder: Path, site_id: str | None) -> SiteReply | Refusal:
+    """As a reply is; with what it takes gone or damaged, the code alone, which does not say whose it is."""
+    try:
+        channel = asked.site.channel if asked.site is not None else open_channel(folder, site_id)
+        if channel is None:
+            return refusal
+        known = asked.instruction
+        content = channel.seal("refusal", refusal.code.encode(), context=question_of(channel, known))
+        run_id, server_round = (NOT_TOLD, 0) if known is None else (known.run_id, known.server_round)
+        return build(SealedRefusal(run_id, server_round, content), site_id=channel.site)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            log(folder, f"incident: the refusal '{refusal.code}' leaves in clear, since it cannot be sealed")
+            log_exception(folder, error)
+        return build(refusal.code, site_id="")
+
+
+def _read_settings(folder: Path) -> SiteConfig | None:
+    try:
+        return SiteConfig.read(folder)
+    except Exception:  # a refusal leaves all the same
+        return None
 
 
 def _refuse(code: RefusalCode, asked: _Asked, error: Exception | None = None) -> Refusal:
     if asked.folder is not None:
-        if error is not None:
-            log_exception(asked.folder, error)
         known = asked.instruction
-        note_refusal(asked.folder, code, known.run_id if known else "", known.server_round if known else -1)
+        with contextlib.suppress(Exception):  # what is noted must not decide whether a site answers
+            if error is not None:
+                log_exception(asked.folder, error)
+            note_refusal(asked.folder, code, known.run_id if known else "", known.server_round if known else -1)
     refusal = build(code, site_id=asked.site.site_id if asked.site else "")
     assert isinstance(refusal, Refusal)
     return refusal

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.membership import FEDERATION, NODE, SIGNING, read_federation
+from client.membership import FEDERATION, NODE, REQUEST, SIGNING, read_federation
 from shared.disk import write_whole
 from shared.errors import TrustError
 from shared.protection.channel import NEWEST
@@ -19,7 +19,7 @@ from shared.protection.federation import AggregatorKeys, SiteKeys
 from shared.protection.keys import SigningKey, read_node_key, write_node_key
 from shared.protection.kit import Kit
 
-REQUEST, AUTHORITY = "request.json", "keys/federation-authority.crt"
+AUTHORITY = "keys/federation-authority.crt"
 
 
 @dataclass(frozen=True)

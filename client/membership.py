@@ -1,5 +1,6 @@
 """What a site holds of the federation that it joined, and its end of the sealed way to the aggregator.
 
+    request.json           what the site asked to be admitted as (signed by itself)
     federation.json        who the federation is (signed by it); its fingerprint was compared by a person
     aggregator-keys.json   the newest keys of the aggregator (signed by the federation); renewed by instructions
     keys/signing.pem       the site's own signing key, made here; it never leaves
@@ -14,16 +15,20 @@ from pathlib import Path
 
 from shared.errors import TrustError
 from shared.protection.channel import NEWEST, SiteChannel
-from shared.protection.federation import Federation
+from shared.protection.federation import Federation, SiteKeys
 from shared.protection.keys import SigningKey
 from shared.protection.sealed import Context
 from shared.records import RoundInstruction
 
-FEDERATION, SIGNING, NODE = "federation.json", "keys/signing.pem", "keys/node"
+FEDERATION, REQUEST, SIGNING, NODE = "federation.json", "request.json", "keys/signing.pem", "keys/node"
 
 
-def open_channel(folder: Path, site_id: str) -> SiteChannel | None:
-    """`None` where no federation was joined; `TrustError` where something of it is missing or damaged."""
+def open_channel(folder: Path, site_id: str | None) -> SiteChannel | None:
+    """`None` where no federation was joined; `TrustError` where something of it is missing or damaged.
+
+    Args:
+        site_id: `None` where the site's settings cannot be read: its request names it too.
+    """
     federation = read_federation(folder)
     if federation is None:
         left = [name for name in (SIGNING, NODE, NEWEST) if (folder / name).exists()]
@@ -33,7 +38,19 @@ def open_channel(folder: Path, site_id: str) -> SiteChannel | None:
                 hint="join again with the federation's kit: the keys are kept",
             )
         return None
-    return SiteChannel(folder, federation, site=site_id, signing=SigningKey.read(folder / SIGNING))
+    signing = SigningKey.read(folder / SIGNING)
+    return SiteChannel(folder, federation, site=site_id or _asked_as(folder, signing), signing=signing)
+
+
+def _asked_as(folder: Path, signing: SigningKey) -> str:
+    path = folder / REQUEST
+    try:
+        asked = SiteKeys.read_request(path.read_bytes(), what=str(path))
+    except OSError as error:
+        raise TrustError(f"{path} cannot be read: {error.strerror or error}") from None
+    if asked.signing != signing.public:
+        raise TrustError(f"{path} is not by the key {folder / SIGNING}")
+    return asked.site
 
 
 def read_federation(folder: Path) -> Federation | None:

@@ -22,6 +22,7 @@ from shared.tree import code_digest
 
 SETTINGS = "site.toml"
 LOG, REFUSALS = "site.log", "refusals.jsonl"
+SLOT_SECONDS = 10.0  # also where the site's own settings cannot be read
 OVERFLOW_SHARE = 1e-3  # of a run's delta, for draws that are larger than the padded work
 RELEASE_CODE = code_digest(Path(__file__).resolve().parents[1])
 
@@ -41,7 +42,7 @@ class SiteConfig(Section):
         None, ge=1, description="Units of this site, rounded up, as it may be told; the work of a step is padded by it."
     )
     slot_seconds: float = Field(
-        10.0, ge=0, le=3600, description="Seconds; a deployed site answers at the end of such a slot."
+        SLOT_SECONDS, ge=0, le=3600, description="Seconds; a deployed site answers at the end of such a slot."
     )
     simulated_seed: int | None = Field(
         None, ge=0, lt=2**63, description="Simulations only: seeds the draw and the noise; a deployed site refuses it."
@@ -82,5 +83,5 @@ def note_refusal(folder: Path, code: RefusalCode, run: str, server_round: int) -
 def _append_line(path: Path, line: str) -> None:
     with contextlib.suppress(OSError):  # a full disk must not decide whether a site answers
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")

@@ -12,11 +12,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import make_app
-from client.membership import FEDERATION, SIGNING
+from client.membership import FEDERATION, NODE, REQUEST, SIGNING
 from client.site import forget_site
 from shared.protection.channel import NEWEST, AggregatorChannel
-from shared.protection.federation import AggregatorKeys, Federation
-from shared.protection.keys import OpeningKey, SigningKey, VerifyKey
+from shared.protection.federation import AggregatorKeys, Federation, SiteKeys
+from shared.protection.keys import OpeningKey, SigningKey, VerifyKey, read_node_key, write_node_key
 from shared.records import (
     Refusal,
     RoundInstruction,
@@ -66,6 +66,9 @@ class Operator:
             key.write(folder / SIGNING)
             (folder / FEDERATION).write_text(json.dumps(self.federation.statement(self.identity)))
             (folder / NEWEST).write_bytes(self.statement)
+            write_node_key(folder / NODE)
+            asked = SiteKeys(self.name, folder.name, key.public, read_node_key(folder / NODE))
+            (folder / REQUEST).write_text(json.dumps(asked.request(key)))
             self.sites[folder.name] = key.public
             forget_site(folder)
 

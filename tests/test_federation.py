@@ -13,7 +13,7 @@ import pytest
 from shared.errors import TrustError
 from shared.protection.channel import NEWEST, AggregatorChannel, SiteChannel
 from shared.protection.federation import CLOCKS, AggregatorKeys, Federation, SiteKeys
-from shared.protection.keys import OpeningKey, SigningKey
+from shared.protection.keys import OpeningKey, SealFor, SigningKey
 from shared.protection.sealed import Context
 
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
@@ -211,6 +211,26 @@ def test_keys_that_came_with_a_forged_instruction_are_not_taken_up(first: Aggreg
     with pytest.raises(TrustError, match="not signed"):
         site.check(bytes(32), **second.sent())
     site.check(DIGEST, **first.sent())
+
+
+VALID = OpeningKey.generate().public.raw
+
+
+@pytest.mark.parametrize("sealing", [b"\xff" * 1184 + VALID[1184:], VALID[:1184] + bytes(32)])
+def test_keys_that_nothing_can_be_sealed_to_are_not_taken_up(
+    sealing: bytes, first: Aggregator, site: SiteChannel, tmp_path: Path
+) -> None:
+    """No coefficients of ML-KEM, and a point of X25519 with which every secret is zero; both of the right length."""
+    second = Aggregator(2, before=first)
+    keys = dataclasses.replace(second.keys, sealing=SealFor(sealing))
+    second.statement = written(keys.statement(IDENTITY))
+    with pytest.raises(TrustError, match="public"):
+        site.check(DIGEST, **second.sent())
+    site.check(DIGEST, **first.sent())
+    assert first.channel.open(site.seal("reply", b"x", context=CONTEXT), context=CONTEXT).content == b"x"
+    (tmp_path / NEWEST).write_bytes(second.statement)
+    with pytest.raises(TrustError):
+        SiteChannel(tmp_path, FEDERATION, site="st-anna", signing=SITE)
 
 
 def test_nobody_answers_for_another_site(first: Aggregator, site: SiteChannel) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 from deployed_site import CONFIG, OPEN, round_of
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from joined_sites import Operator, sent, signed
+from test_hostile_coordinator import Clock
 from toy_federation import PROMPTS, make_run, make_sites, toy_config, toy_policy
 
 import client.app
+import client.gate
 import client.site
 import server.rounds
-from client.app import make_app
+from client.app import make_app, refuse_bundle
+from client.settings import SiteConfig
 from client.site import forget_site
 from server.aggregation import Combined, combine
 from server.rounds import Outcome, opened, run_rounds
@@ -33,6 +39,7 @@ from shared.records import (
     Refusal,
     RefusalCode,
     SiteReply,
+    decode_reply,
     encode_instruction,
 )
 from shared.text import build_encoder
@@ -216,12 +223,113 @@ def test_keys_rotate_between_rounds_without_a_new_kit(operator: Operator, sites:
     assert after.envelope[5:13] == operator.opening[0].public.id
 
 
-def test_a_site_that_lost_a_key_says_nothing_but_its_code(operator: Operator, sites: list[Path]) -> None:
-    (sites[0] / "keys/signing.pem").unlink()
+# ---- refusals of a site that cannot be opened
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(client.gate, "time", made)
+    return made
+
+
+def slot_of(site: Path, seconds: float) -> None:
+    SiteConfig.read(site).model_copy(update={"slot_seconds": seconds}).write(site)
+    forget_site(site)
+
+
+def bundle_refusal(site: Path, records: RecordDict) -> SiteReply | Refusal:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = refuse_bundle(Message(records, 5, "train"), site, "ab" * 32)
+    assert not message.has_error()
+    return decode_reply(message.content)
+
+
+def damage_settings(site: Path) -> None:
+    (site / "site.toml").write_bytes(b"\xff no toml")
+
+
+def remove_settings(site: Path) -> None:
+    (site / "site.toml").unlink()
+
+
+def remove_ledger(site: Path) -> None:
+    shutil.rmtree(site / "lineages")
+
+
+def remove_key(site: Path) -> None:
+    (site / "keys/signing.pem").unlink()
+
+
+def remove_federation(site: Path) -> None:
+    (site / "federation.json").unlink()
+
+
+def damage_keys_of_aggregator(site: Path) -> None:
+    (site / "aggregator-keys.json").write_text("damaged")
+
+
+@pytest.mark.parametrize(
+    ("harm", "seconds"), [(damage_settings, 10.0), (remove_settings, 10.0), (remove_ledger, 7.0)]
+)
+@pytest.mark.parametrize("came", ["an instruction", "another bundle"])
+def test_a_joined_site_that_cannot_be_opened_refuses_in_secret_and_at_the_end_of_a_slot(
+    came: str, harm: Callable[[Path], None], seconds: float, operator: Operator, sites: list[Path], clock: Clock
+) -> None:
+    slot_of(sites[0], 7.0)
+    harm(sites[0])
+    asked = round_of()
+    records = signed(operator.channel, asked)
+    code = RefusalCode.SITE if came == "an instruction" else RefusalCode.RELEASE
+    reply = sent(sites[0], records) if came == "an instruction" else bundle_refusal(sites[0], records)
+    assert isinstance(reply, SiteReply)
+    assert opened(reply, operator.channel, asked) == Refusal("site-0", code)
+    assert clock.now - clock.began == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("harm", "code"),
+    [
+        (remove_key, RefusalCode.MESSAGE), (remove_federation, RefusalCode.MESSAGE),
+        (damage_keys_of_aggregator, RefusalCode.MESSAGE), (shutil.rmtree, RefusalCode.SITE),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("came", ["an instruction", "another bundle"])
+def test_a_site_that_can_seal_nothing_says_nothing_but_a_code_and_notes_that(
+    came: str, harm: Callable[[Path], None], code: RefusalCode, operator: Operator, sites: list[Path], clock: Clock
+) -> None:
+    slot_of(sites[0], 7.0)
+    records = signed(operator.channel, round_of())
+    harm(sites[0])
+    if came == "an instruction":
+        assert sent(sites[0], records) == Refusal("", code)
+    else:
+        assert bundle_refusal(sites[0], records) == Refusal("", RefusalCode.RELEASE)
+    assert clock.now - clock.began == pytest.approx(7.0 if sites[0].exists() else 10.0)
+    if sites[0].exists():
+        assert "leaves in clear" in log_of(sites[0])
+        assert charged(sites[0]) == 0
+
+
+@pytest.mark.parametrize("place", ["client.app.log_exception", "client.app.note_refusal", "client.app.SiteConfig.read"])
+@pytest.mark.parametrize("came", ["an instruction", "another bundle"])
+def test_no_failure_on_the_way_out_keeps_a_refusal_or_leaves_with_it(
+    came: str, place: str, operator: Operator, sites: list[Path], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("an unmistakable crimson walrus")
+
     forget_site(sites[0])
-    assert sent(sites[0], signed(operator.channel, round_of())) == Refusal("", RefusalCode.MESSAGE)
-    assert "signing.pem" in log_of(sites[0])
-    assert charged(sites[0]) == 0
+    asked = round_of()
+    monkeypatch.setattr(place, fail)
+    records = encode_instruction(asked)
+    reply = sent(sites[0], records) if came == "an instruction" else bundle_refusal(sites[0], records)
+    assert isinstance(reply, SiteReply)
+    assert isinstance(opened(reply, operator.channel, asked), Refusal)
+    monkeypatch.setattr(SiteChannel, "seal", fail)
+    reply = sent(sites[0], records) if came == "an instruction" else bundle_refusal(sites[0], records)
+    assert isinstance(reply, Refusal)
+    assert reply.site_id == ""
 
 
 def test_a_run_stops_at_an_answer_that_cannot_be_opened(operator: Operator, sites: list[Path], tmp_path: Path) -> None:

@@ -20,7 +20,14 @@ from shared.disk import write_whole
 from shared.errors import TrustError
 from shared.protection.federation import AggregatorKeys, Federation
 from shared.protection.keys import OpeningKey, SigningKey, VerifyKey
-from shared.protection.sealed import Context, check_instruction, open_sealed, seal, sign_instruction
+from shared.protection.sealed import (
+    Context,
+    check_instruction,
+    check_recipient,
+    open_sealed,
+    seal,
+    sign_instruction,
+)
 
 NEWEST = "aggregator-keys.json"  # in the site's folder
 REPLY, REFUSAL = b"\0", b"\1"  # first byte of what is sealed
@@ -86,6 +93,7 @@ class SiteChannel:
             raise TrustError(f"{self._path} cannot be read: {error.strerror or error}") from None
         # Read as of their own first moment: keys that ended since still seal a refusal.
         self._newest = AggregatorKeys.read_whenever(content, federation)
+        check_recipient(self._newest.sealing)
 
     def check(self, records_digest: bytes, *, statement: bytes, signature: bytes, now: datetime | None = None) -> None:
         """`TrustError` unless the aggregator signed these records with keys in force, as new as any seen here."""
@@ -102,6 +110,7 @@ class SiteChannel:
             raise TrustError(f"there are two statements of the aggregator's keys {keys.serial}")
         check_instruction(signature, records_digest, federation=self.federation.name, by=keys.signing)
         if keys.serial > self._newest.serial:
+            check_recipient(keys.sealing)  # before it replaces one that every answer can be sealed to
             write_whole(self._path, statement)
             self._newest = keys
 

@@ -73,6 +73,14 @@ def seal(content: bytes, *, to: SealFor, by: SigningKey, context: Context) -> by
     return header + by.sign(_signed(header, bound, rest)) + rest
 
 
+def check_recipient(key: SealFor) -> None:
+    """`TrustError` unless something can be sealed to it: not all bytes of the right length are a key."""
+    try:
+        _SUITE.encrypt(b"", key.hpke(), DOMAIN)
+    except ValueError:  # such as a point of X25519 with which every secret is zero
+        raise TrustError(f"nothing can be sealed to the public key {key.id.hex()}") from None
+
+
 def open_sealed(sealed: bytes, *, keys: Mapping[bytes, OpeningKey], by: VerifyKey, context: Context) -> bytes:
     """What was sealed.
 
