@@ -5,25 +5,29 @@
     keys/identity.pem        signs statements; needed on the day of an admission or a rotation, not while rounds run
     keys/aggregator-N-*.pem  of serial N: what instructions are signed with, and what replies are opened with
     keys/authority.*         the certificate authority; its certificate is in every kit
-    keys/server.*            the server's TLS certificate and key
+    keys/server.pem          the server's TLS certificate and then its key: one file, so that they change together
     sites/SITE.json          statement `admission`; removing it (`revoke`) ends the site's part at once
-    revoked/SITE-N.json      admissions that were ended
+    revoked/SITE-N.json      admissions that were ended; no key in them counts again, wherever it stands
+    lock                     held while something is changed
 
-Private keys are 0600 and never replaced. The folder comes about whole or not at all.
+Private keys are 0600, and but for TLS's never replaced. The folder comes about whole or not at all.
 Not here: processes (`server.deployment`) and runs (`server.rounds`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from shared.disk import fsync_folder, write_whole
-from shared.errors import TrustError, UsageError
+from shared.disk import fsync_folder, locked, make_folder, write_whole
+from shared.errors import FederationError, TrustError, UsageError
 from shared.protection.certificates import (
     issue_server_certificate,
     make_authority,
@@ -38,8 +42,8 @@ from shared.protection.kit import Kit, write_kit
 FEDERATION, KEYS = "federation.json", "aggregator-keys.json"
 IDENTITY = "keys/identity.pem"
 AUTHORITY, AUTHORITY_KEY = "keys/authority.crt", "keys/authority.key"
-CERTIFICATE, CERTIFICATE_KEY = "keys/server.crt", "keys/server.key"
-SITES, REVOKED = "sites", "revoked"
+CERTIFICATE = CERTIFICATE_KEY = "keys/server.pem"
+SITES, REVOKED, LOCK = "sites", "revoked", "lock"
 LOOPBACK = ("localhost", "127.0.0.1")  # the server's own processes call it by these
 
 
@@ -79,6 +83,7 @@ class FederationFolder:
             made = cls(partial, federation)
             made._new_keys(identity, serial=1)
             (partial / SITES).mkdir()
+            (partial / LOCK).touch(mode=0o600)
             if path.exists():
                 path.rmdir()
             partial.rename(path)
@@ -118,13 +123,16 @@ class FederationFolder:
 
         The keys before go on opening what was sealed to them; those before these are removed.
         """
-        identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
-        before = self.keys.serial
-        _issue(self.path, split_address(self.federation.address)[0])  # first: without the authority nothing changes
-        self._new_keys(identity, serial=before + 1)
-        for old in (self._signing(before), self._signing(before - 1), self._opening(before - 1)):
-            old.unlink(missing_ok=True)
-        return self.keys
+        with self._changing():
+            identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
+            before = self.keys.serial
+            _issue(self.path, split_address(self.federation.address)[0])  # first: without the authority nothing changes
+            self._new_keys(identity, serial=before + 1)
+            for serial in range(1, before + 1):  # all: an earlier rotation may have been cut off here
+                self._signing(serial).unlink(missing_ok=True)
+                if serial < before:
+                    self._opening(serial).unlink(missing_ok=True)
+            return self.keys
 
     def _new_keys(self, identity: SigningKey, *, serial: int) -> None:
         signing, opening = SigningKey.generate(), OpeningKey.generate()
@@ -156,10 +164,14 @@ class FederationFolder:
         """What a site asks for, before anybody has said yes.
 
         Raises:
-            TrustError: it is none, of another federation, or another site has one of its keys.
+            TrustError: it is none, of another federation, or one of its keys was revoked or is another site's.
             UsageError: the site was admitted already.
         """
         asked = SiteKeys.read_request(content, what=what)
+        self._check_asked(asked, what)
+        return asked
+
+    def _check_asked(self, asked: SiteKeys, what: str) -> None:
         if asked.federation != self.federation.name:
             raise TrustError(f"{what} asks to join federation '{asked.federation}', this is '{self.federation.name}'")
         for known in self.roster():
@@ -169,43 +181,72 @@ class FederationFolder:
                     f"site {asked.site} is admitted already, with {again}",
                     hint="`fedcanvas server revoke` ends that first; ask the site whether it lost its folder",
                 )
-            if known.signing == asked.signing or known.node == asked.node:
+            if _keys_of(known) & _keys_of(asked):
                 raise TrustError(f"{what} holds a key of site {known.site}: no two sites may have one")
-        return asked
+        if _keys_of(asked) & self._revoked():
+            raise TrustError(
+                f"{what} holds a key that was revoked",
+                hint="a site comes back with new keys only: it removes keys/signing.pem and keys/node, and joins again",
+            )
 
     def admit(self, asked: SiteKeys, *, passphrase: bytes | None = None) -> None:
-        identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
-        write_whole(self.path / SITES / f"{asked.site}.json", _json(asked.admission(identity)))
+        """Raises as `read_request` does, for what has changed since."""
+        with self._changing():
+            self._check_asked(asked, f"the request of site {asked.site}")
+            identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
+            write_whole(self.path / SITES / f"{asked.site}.json", _json(asked.admission(identity)))
 
     def revoke(self, site: str) -> SiteKeys:
         """Raises `UsageError` when there is no such site."""
-        path = self.path / SITES / f"{_check_site(site)}.json"
-        if not path.is_file():
-            known = ", ".join(keys.site for keys in self.roster()) or "none"
-            raise UsageError(f"there is no site '{site}' to revoke", hint=f"admitted are: {known}")
-        keys = self._read(path)
-        (self.path / REVOKED).mkdir(exist_ok=True)
-        number = len(list((self.path / REVOKED).glob(f"{site}-*.json"))) + 1
-        path.rename(self.path / REVOKED / f"{site}-{number}.json")
-        fsync_folder(self.path / SITES)
-        return keys
+        with self._changing():
+            path = self.path / SITES / f"{_check_site(site)}.json"
+            if not path.is_file():
+                known = ", ".join(keys.site for keys in self.roster()) or "none"
+                raise UsageError(f"there is no site '{site}' to revoke", hint=f"admitted are: {known}")
+            keys = self._read(path)
+            make_folder(self.path / REVOKED, durable=True)
+            places = (self.path / REVOKED / f"{site}-{number}.json" for number in itertools.count(1))
+            path.rename(next(place for place in places if not place.exists()))
+            fsync_folder(self.path / REVOKED)
+            fsync_folder(self.path / SITES)
+            return keys
 
     def roster(self) -> list[SiteKeys]:
-        """By name; `TrustError` where an admission is not by this federation's identity."""
-        return [self._read(path) for path in sorted((self.path / SITES).glob("*.json"))]
+        """By name, without those whose keys were revoked; `TrustError` where an admission is not by the identity."""
+        admitted, revoked = list(self._admitted()), self._revoked()
+        return [keys for keys in admitted if not _keys_of(keys) & revoked]
 
-    def _read(self, path: Path) -> SiteKeys:
+    def _admitted(self) -> Iterator[SiteKeys]:
+        """As the files say: somebody may have copied one back that was revoked."""
+        for path in sorted((self.path / SITES).glob("*.json")):
+            with contextlib.suppress(FileNotFoundError):  # revoked a moment ago
+                yield self._read(path)
+
+    def _revoked(self) -> set[str]:
+        """Every key, signing or node, of every admission that was ended."""
+        found = [self._read(path, moved=True) for path in sorted((self.path / REVOKED).glob("*.json"))]
+        return set().union(*map(_keys_of, found))
+
+    def _read(self, path: Path, *, moved: bool = False) -> SiteKeys:
         keys = SiteKeys.read_admission(path.read_bytes(), self.federation.identity, what=str(path))
-        if keys.federation != self.federation.name or path.stem != keys.site:
+        if keys.federation != self.federation.name or (path.stem != keys.site and not moved):
             raise TrustError(f"{path} is the admission of another site or federation")
         return keys
+
+    def _changing(self) -> AbstractContextManager[None]:
+        busy = FederationError(f"another command is changing {self.path}", hint="wait until it ends")
+        return locked(self.path / LOCK, busy)
 
     # ---- what is due
 
     def warnings(self, *, now: datetime | None = None) -> list[str]:
-        """In words, what ends soon or has ended."""
+        """In words, what ends soon or has ended, and what stands in the folder and does not count."""
         now = now or datetime.now(UTC)
         found = []
+        revoked = self._revoked()
+        for keys in self._admitted():
+            if _keys_of(keys) & revoked:
+                found.append(f"{SITES}/{keys.site}.json holds keys that were revoked: it does not count, remove it")
         for name in (AUTHORITY, CERTIFICATE):
             if words := validity(read_certificate(self.path / name)).warning(now):
                 found.append(f"the certificate {name} {words}")
@@ -247,6 +288,10 @@ def _issue(folder: Path, host: str) -> None:
         names, authority=folder / AUTHORITY, authority_key=folder / AUTHORITY_KEY, certificate=folder / CERTIFICATE,
         key=folder / CERTIFICATE_KEY,
     )  # fmt: skip
+
+
+def _keys_of(site: SiteKeys) -> set[str]:
+    return {site.signing.text, site.node}
 
 
 def _check_site(site: str) -> str:

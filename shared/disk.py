@@ -1,11 +1,40 @@
-"""Files that appear whole, and until the disk says that it holds them: contents, and the names in a folder."""
+"""Files that appear whole, waiting until the disk holds contents and names, and one process at a time in a folder."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from shared.errors import RunDirectoryError
+from shared.errors import FedCanvasError, RunDirectoryError
+
+
+def take_lock(path: Path, busy: FedCanvasError) -> int:
+    """An open descriptor that holds the lock file `path` until it is closed; `busy` is raised where another has it.
+
+    The kernel frees it when the process ends, however it ends. The file stays: removing it would let two in.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise busy from None
+        raise
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path, busy: FedCanvasError) -> Iterator[None]:
+    """Holds the lock file `path` for the time of the block; nobody waits for it."""
+    descriptor = take_lock(path, busy)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync_file(path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import shutil
+import ssl
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,13 @@ from toy_federation import make_sites, toy_policy
 import client.worker
 from client.joining import Joined, join
 from client.site import forget_site
-from server.federation import CERTIFICATE, FederationFolder, split_address
+from server.federation import CERTIFICATE, CERTIFICATE_KEY, FederationFolder, split_address
 from server.rounds import opened
-from shared.errors import TrustError, UsageError
+from shared.errors import FederationError, TrustError, UsageError
 from shared.protection.federation import SiteKeys
 from shared.protection.keys import read_node_key
 from shared.protection.kit import MOST_BYTES, NAMES, read_kit
+from shared.protection.sealed import check_instruction
 from shared.records import Refusal, SiteReply, encode_instruction
 
 
@@ -77,7 +83,9 @@ def test_no_secret_is_in_kit_or_request_and_private_files_are_their_owner_s_alon
     assert len(private) == 7
     for path in private:
         assert path.stat().st_mode & 0o077 == 0
-        lines = [line for line in path.read_text().splitlines() if "-----" not in line]
+        text = path.read_text()  # of the server's, the part that is its certificate is public
+        lines = [line for line in text[text.index("PRIVATE KEY") :].splitlines() if "-----" not in line]
+        assert lines
         assert not any(line.encode() in carried for line in lines if len(line) > 20)
     assert b"PRIVATE" not in carried
     assert operator.path.stat().st_mode & 0o077 == 0
@@ -141,6 +149,134 @@ def test_a_revoked_site_is_no_site_at_once_and_may_come_back_with_new_keys(
         (site / name).unlink()
     assert admitted(operator, site) != before
     assert isinstance(answer(operator, site, 2), SiteReply)
+
+
+def test_an_admission_that_was_revoked_does_not_count_wherever_it_is_copied(
+    operator: FederationFolder, site: Path
+) -> None:
+    admitted(operator, site)
+    channel, path = operator.channel(), operator.path / "sites/site-0.json"
+    admission, request = path.read_bytes(), (site / "request.json").read_bytes()
+    operator.revoke("site-0")
+    path.write_bytes(admission)
+    assert operator.roster() == []
+    assert operator.warnings() == ["sites/site-0.json holds keys that were revoked: it does not count, remove it"]
+    assert "site-0" not in channel.sites
+    with pytest.raises(TrustError, match="holds a key that was revoked"):
+        operator.read_request(request, what="the request")
+    # New keys for one of the two are not new keys; and in the old file's place they are no other site's.
+    (site / "keys/signing.pem").unlink()
+    with pytest.raises(TrustError, match="holds a key that was revoked"):
+        admitted(operator, site)
+    (site / "keys/node").unlink()
+    fresh = admitted(operator, site)
+    assert (operator.roster(), operator.warnings()) == ([fresh], [])
+    # Revoked again, each admission keeps its file.
+    operator.revoke("site-0")
+    path.write_bytes(admission)
+    operator.revoke("site-0")
+    (operator.path / "revoked/site-0-1.json").unlink()
+    (site / "keys/signing.pem").unlink()
+    (site / "keys/node").unlink()
+    admitted(operator, site)
+    operator.revoke("site-0")
+    assert len(list((operator.path / "revoked").iterdir())) == 3
+
+
+def test_a_revoked_key_does_not_come_back_under_another_name(operator: FederationFolder, site: Path) -> None:
+    admitted(operator, site)
+    operator.revoke("site-0")
+    operator.kit("site-1", site.parent / "kit.zip")
+    request = join(site, read_kit(site.parent / "kit.zip"), site_id="site-1").request
+    with pytest.raises(TrustError, match="holds a key that was revoked"):
+        operator.read_request(request.read_bytes(), what="the request")
+
+
+def test_a_request_is_looked_at_again_when_it_is_admitted(operator: FederationFolder, site: Path) -> None:
+    """Between the two a person reads a fingerprint out, and another command may have changed the roster."""
+    asked = operator.read_request(joined(operator, site).request.read_bytes(), what="the request")
+    operator.admit(asked)
+    with pytest.raises(UsageError, match="admitted already, with the same keys"):
+        operator.admit(asked)
+    operator.revoke("site-0")
+    with pytest.raises(TrustError, match="holds a key that was revoked"):
+        operator.admit(asked)
+    assert operator.roster() == []
+
+
+def test_one_command_at_a_time_changes_a_federation(operator: FederationFolder, site: Path) -> None:
+    asked = admitted(operator, site)
+    holder = subprocess.Popen(
+        ["flock", str(operator.path / "lock"), "sh", "-c", "echo held; cat"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    for change in (operator.rotate, lambda: operator.admit(asked), lambda: operator.revoke("site-0")):
+        with pytest.raises(FederationError, match="another command is changing"):
+            change()
+    assert (operator.keys.serial, operator.roster()) == (1, [asked])  # reading needs no lock
+    holder.kill()
+    holder.communicate()
+    operator.revoke("site-0")
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what changes the disk: call `number` does not happen, nor does anything after it."""
+    calls = 0
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= number:
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+    for name in ("fsync", "link", "replace"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    for name in ("rename", "unlink"):
+        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
+
+
+def test_a_rotation_that_is_cut_off_anywhere_leaves_keys_and_certificate_that_fit(
+    operator: FederationFolder, tmp_path: Path
+) -> None:
+    serials = set()
+    for number in itertools.count(1):
+        folder = FederationFolder.open(shutil.copytree(operator.path, tmp_path / f"cut-{number}"))
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at_call(number, patch)
+            try:
+                folder.rotate()
+            except Killed:
+                pass
+            else:
+                break
+        # OpenSSL says whether a key is that of a certificate.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            folder.path / CERTIFICATE, folder.path / CERTIFICATE_KEY
+        )
+        digest = bytes(32)
+        check_instruction(
+            folder.channel().sign(digest), digest, federation="simulation", by=folder.keys.signing
+        )
+        serials.add(folder.keys.serial)
+        # The next one is whole, and leaves nothing of what came before.
+        serial = folder.rotate().serial
+        left = sorted(path.name for path in folder.path.glob("keys/aggregator-*"))
+        assert left == sorted(
+            [f"aggregator-{serial - 1}-opening.pem", f"aggregator-{serial}-opening.pem",
+             f"aggregator-{serial}-signing.pem"]
+        )  # fmt: skip
+    assert number > 15
+    assert serials == {1, 2}
 
 
 def test_a_revocation_counts_for_a_run_that_is_going_on(operator: FederationFolder, site: Path) -> None:
@@ -295,5 +431,5 @@ def test_what_ends_soon_is_said(operator: FederationFolder) -> None:
     assert operator.warnings(now=now) == []
     assert operator.warnings(now=now + timedelta(days=70)) == ["the aggregator's keys 1 end in 20 days"]
     late = operator.warnings(now=now + timedelta(days=340))
-    assert any("keys/server.crt ends in" in words for words in late)
+    assert any("keys/server.pem ends in" in words for words in late)
     assert any("keys 1 ended on" in words for words in late)

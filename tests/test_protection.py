@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,25 @@ def test_a_key_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(TrustError, match=r"a key at .* already"):
         SigningKey.generate().write(tmp_path / "a.pem")
     assert SigningKey.read(tmp_path / "a.pem").public == first.public
+
+
+def test_what_a_killed_process_left_of_a_key_goes_with_the_next_writing(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from shared.protection.keys import SigningKey\n"
+        "os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "SigningKey.generate().write(Path(sys.argv[1]))"
+    )
+    path = tmp_path / "a.pem"
+    root = Path(__file__).resolve().parents[1]
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", script, str(path)], cwd=root).returncode == -9
+        (left,) = tmp_path.iterdir()  # that of the first one is gone
+        assert b"PRIVATE KEY" in left.read_bytes()
+    kept = [tmp_path / f".a.pem.{os.getpid()}.x", tmp_path / ".a.pem.note", tmp_path / f".b.pem.{2**22 + 1}.x"]
+    for other in kept:  # of a process that lives, of nobody, and of another key
+        other.touch()
+    SigningKey.generate().write(path)
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,11 @@ def issue_server_certificate(
     names: Sequence[str], *, authority: Path, authority_key: Path, certificate: Path, key: Path,
     days: int = SERVER_DAYS, now: datetime.datetime | None = None,
 ) -> None:  # fmt: skip
-    """A certificate and a new key for the server; an existing certificate is replaced, its key is moved in whole.
+    """A certificate and a new key for the server, in place of those that are there.
 
     Args:
         names: host names and IP addresses that clients may call it by; the first is the common name.
+        certificate, key: the same file holds both, where both are to be replaced at once.
         days: never beyond the authority's own end.
     """
     above, signer = read_certificate(authority), _read_key(authority_key)
@@ -102,9 +103,12 @@ def issue_server_certificate(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
         .sign(signer, hashes.SHA256())
     )
-    key.unlink(missing_ok=True)
-    write_private(key, _pem_of(private))
-    _write_public(certificate, made.public_bytes(serialization.Encoding.PEM))
+    certificate_pem, key_pem = made.public_bytes(serialization.Encoding.PEM), _pem_of(private)
+    if certificate == key:
+        write_private(key, certificate_pem + key_pem, replace=True)
+        return
+    write_private(key, key_pem, replace=True)
+    _write_public(certificate, certificate_pem)
 
 
 def read_certificate(path: Path) -> x509.Certificate:

@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,11 +200,12 @@ def from_base64(text: str) -> bytes:
     return content
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Appears whole, mode 0600 from its first moment; `TrustError` when something of that name is there."""
+def write_private(path: Path, content: bytes, *, replace: bool = False) -> None:
+    """Appears whole, mode 0600 from its first moment; `TrustError` when something is there that it may not replace."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    _remove_partial(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent)
+    partial = Path(name)
     try:
         try:
             os.fchmod(descriptor, 0o600)
@@ -213,7 +215,10 @@ def write_private(path: Path, content: bytes) -> None:
         finally:
             os.close(descriptor)
         try:
-            os.link(partial, path)  # unlike a rename it fails where the name is taken
+            if replace:
+                os.replace(partial, path)
+            else:
+                os.link(partial, path)  # unlike a rename it fails where the name is taken
         except FileExistsError:
             raise TrustError(
                 f"there is a key at {path} already", hint="a key is never replaced by the way: move it first"
@@ -221,6 +226,24 @@ def write_private(path: Path, content: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def _remove_partial(path: Path) -> None:
+    """What processes that were killed left of this key; it is as private as the key."""
+    for left in path.parent.iterdir():
+        number = left.name.removeprefix(f".{path.name}.").partition(".")[0]
+        if left.name.startswith(f".{path.name}.") and number.isdecimal() and not _lives(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _pem(keys: Sequence[Any], passphrase: bytes | None) -> bytes:
