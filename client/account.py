@@ -72,10 +72,12 @@ class KeptReply:
         leaves: what leaves the site: an envelope (`shared.records.pack_envelope`), or between institutions its sealed
             form, which nobody here can open and which would be another one if it were sealed again.
         head: of the run, as the envelope holds it; whether its charge is in a ledger is asked by it.
+        serial: of the aggregator's keys that it is sealed to; `None` of an envelope.
     """
 
     leaves: bytes
     head: str
+    serial: int | None = None
 
 
 class SiteAccount:
@@ -198,7 +200,9 @@ class SiteAccount:
             return
         make_folder(self.folder / REPLIES, durable=True)
         path = self.folder / REPLIES / f"{instruction.run_id}.reply"
-        about = {"instruction": instruction.digest, "bytes": len(kept.leaves), "head": kept.head}
+        about = {
+            "instruction": instruction.digest, "bytes": len(kept.leaves), "head": kept.head, "serial": kept.serial,
+        }  # fmt: skip
         write_note(path, json.dumps(about).encode() + b"\n" + kept.leaves, durable=True)
 
 
@@ -207,10 +211,10 @@ def read_reply(path: Path) -> tuple[str, KeptReply] | None:
     try:
         header, _, content = path.read_bytes().partition(b"\n")
         about: dict[str, Any] = json.loads(header)
-        digest, size, head = about["instruction"], about["bytes"], about["head"]
+        digest, size, kept = about["instruction"], about["bytes"], KeptReply(content, about["head"], about["serial"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (digest, KeptReply(content, head)) if size == len(content) else None
+    return (digest, kept) if size == len(content) else None
 
 
 def default_store() -> Path:

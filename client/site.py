@@ -180,7 +180,8 @@ class Site:
             self._check_admitted(instruction, config, policy, run)
         length = payload_length(instruction, public)
         kept = account.stored_reply(instruction)
-        if kept is not None and kept.head in run.heads:  # else its charge is not in this ledger
+        # Else its charge is not in this ledger, or nobody has the key any more that it is sealed to.
+        if kept is not None and kept.head in run.heads and self._opens(kept):
             if self.channel is None:
                 payload, head = unpack_envelope(kept.leaves, length=length)
                 reply = self._leave(Release(instruction, payload, head, length))
@@ -204,10 +205,11 @@ class Site:
         figures: list[StepFigures] = []
         payload = self._payload(instruction, public, records, rows_cap=self._rows_cap(run), tell=figures.append)
         reply = self._leave(Release(instruction, payload, charge.head, length))
+        serial = None if self.channel is None else self.channel.serial
         if self.channel is not None:
             sealed = self.channel.seal("reply", reply.envelope, context=question_of(self.channel, instruction))
             reply = self._leave(SealedRelease(instruction, sealed, length))
-        account.store_reply(instruction, KeptReply(reply.envelope, charge.head))
+        account.store_reply(instruction, KeptReply(reply.envelope, charge.head, serial))
         account.ledger.commit(
             charge, size=len(reply.envelope), sha256=_sha256(reply.envelope),
             fields=[["payload", "int64", [length]], ["head", "uint8", [32]]],
@@ -217,6 +219,12 @@ class Site:
             f" epsilon {charge.epsilon_before:.4g} -> {charge.epsilon_after:.4g} of {run.price.epsilon:.4g} reserved"
         )
         return reply
+
+    def _opens(self, kept: KeptReply) -> bool:
+        """Whether the aggregator can still open it: it has the newest key and the one before, and no older one."""
+        if self.channel is None or kept.serial is None:
+            return self.channel is None and kept.serial is None
+        return kept.serial >= self.channel.serial - 1
 
     def _rows_cap(self, run: RunAccount) -> int | None:
         """Rows of the padded work: as reserved, or more where this site has published more units since, or is not

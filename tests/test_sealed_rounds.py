@@ -223,6 +223,38 @@ def test_keys_rotate_between_rounds_without_a_new_kit(operator: Operator, sites:
     assert after.envelope[5:13] == operator.opening[0].public.id
 
 
+def test_a_kept_answer_that_nobody_can_open_any_more_is_made_and_charged_anew(
+    operator: Operator, sites: list[Path]
+) -> None:
+    asked = round_of(1)
+    first = sent(sites[0], signed(operator.channel, asked))
+    assert isinstance(first, SiteReply)
+    operator.rotate()
+    forget_site(sites[0])
+    assert sent(sites[0], signed(operator.channel, asked)) == first
+    operator.rotate()
+    forget_site(sites[0])
+    with pytest.raises(TrustError, match="not in force"):
+        opened(first, operator.channel, asked)
+    second = sent(sites[0], signed(operator.channel, dataclasses.replace(asked, attempt=2)))
+    assert second != first
+    assert isinstance(opened(second, operator.channel, asked), SiteReply)
+    assert sent(sites[0], signed(operator.channel, dataclasses.replace(asked, attempt=3))) == second
+    assert charged(sites[0]) == 2
+
+
+def test_what_was_answered_in_clear_before_the_site_joined_does_not_leave_again(
+    operator: Operator, tmp_path: Path
+) -> None:
+    (site,) = make_sites(tmp_path / "alone", sizes=(40,), seed=None, policy=toy_policy(**OPEN))
+    clear = sent(site, encode_instruction(round_of(1)))
+    operator.admit([site])
+    reply = sent(site, signed(operator.channel, round_of(1)))
+    assert reply != clear
+    assert isinstance(opened(reply, operator.channel, round_of(1)), SiteReply)
+    assert charged(site) == 2
+
+
 # ---- refusals of a site that cannot be opened
 
 

@@ -95,6 +95,11 @@ class SiteChannel:
         self._newest = AggregatorKeys.read_whenever(content, federation)
         check_recipient(self._newest.sealing)
 
+    @property
+    def serial(self) -> int:
+        """Of the newest keys, which answers are sealed to."""
+        return self._newest.serial
+
     def check(self, records_digest: bytes, *, statement: bytes, signature: bytes, now: datetime | None = None) -> None:
         """`TrustError` unless the aggregator signed these records with keys in force, as new as any seen here."""
         if len(statement) > MOST_STATEMENT_BYTES:
