@@ -16,7 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.gate import SealedRefusal, Slot, build
-from client.membership import open_channel, question_of
+from client.membership import open_channel, question_of, question_unread
 from client.settings import (
     RELEASE_CODE,
     SETTINGS,
@@ -28,6 +28,7 @@ from client.settings import (
 )
 from client.site import Site, SiteRefusal, open_site
 from shared.errors import ConfigError, FederationError, ProtocolError, TrustError
+from shared.protection.sealed import UNKNOWN
 from shared.records import (
     MESSAGE_TYPES,
     NOT_TOLD,
@@ -130,20 +131,24 @@ def _leaving(reply: SiteReply | Refusal, asked: _Asked, message: Message) -> Mes
         config = asked.site.config if asked.site is not None else _read_settings(asked.folder)
         seconds = SLOT_SECONDS if config is None else config.slot_seconds
         if isinstance(reply, Refusal):  # a reply is sealed before the ledger notes that it leaves
-            reply = _sealed(reply, asked, asked.folder, None if config is None else config.site_id)
+            site_id = None if config is None else config.site_id
+            reply = _sealed(reply, asked, message, folder=asked.folder, site_id=site_id)
     if (used := asked.slot.wait(seconds)) > 1 and asked.folder is not None:
         log(asked.folder, f"incident: the answer missed {used - 1} slot(s) of {seconds:g} s")
     return Message(encode_reply(reply), reply_to=message)
 
 
-def _sealed(refusal: Refusal, asked: _Asked, folder: Path, site_id: str | None) -> SiteReply | Refusal:
+def _sealed(
+    refusal: Refusal, asked: _Asked, message: Message, *, folder: Path, site_id: str | None
+) -> SiteReply | Refusal:  # fmt: skip
     """As a reply is; with what it takes gone or damaged, the code alone, which does not say whose it is."""
     try:
         channel = asked.site.channel if asked.site is not None else open_channel(folder, site_id)
         if channel is None:
             return refusal
         known = asked.instruction
-        content = channel.seal("refusal", refusal.code.encode(), context=question_of(channel, known))
+        question = question_unread(channel, _digest_of(message)) if known is None else question_of(channel, known)
+        content = channel.seal("refusal", refusal.code.encode(), context=question)
         run_id, server_round = (NOT_TOLD, 0) if known is None else (known.run_id, known.server_round)
         return build(SealedRefusal(run_id, server_round, content), site_id=channel.site)
     except Exception as error:
@@ -151,6 +156,13 @@ def _sealed(refusal: Refusal, asked: _Asked, folder: Path, site_id: str | None) 
             log(folder, f"incident: the refusal '{refusal.code}' leaves in clear, since it cannot be sealed")
             log_exception(folder, error)
         return build(refusal.code, site_id="")
+
+
+def _digest_of(message: Message) -> str:
+    try:
+        return records_digest(message.content).hex()
+    except Exception:
+        return UNKNOWN  # it has none, so no aggregator sent it
 
 
 def _read_settings(folder: Path) -> SiteConfig | None:

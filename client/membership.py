@@ -64,11 +64,14 @@ def read_federation(folder: Path) -> Federation | None:
     return Federation.read(content, what=str(path))
 
 
-def question_of(channel: SiteChannel, instruction: RoundInstruction | None) -> Context:
-    """What an answer is bound to; `None` where the site could not tell what it was asked."""
-    if instruction is None:
-        return Context(channel.federation.name, "", channel.site, 0)
+def question_of(channel: SiteChannel, instruction: RoundInstruction) -> Context:
+    """What an answer is bound to."""
     return Context(
         channel.federation.name, instruction.run_id, channel.site, instruction.server_round,
         instruction.config_digest, instruction.digest,
     )  # fmt: skip
+
+
+def question_unread(channel: SiteChannel, digest: str) -> Context:
+    """What a refusal is bound to where the site could not tell what it was asked: the digest of what came."""
+    return Context(channel.federation.name, "", channel.site, 0, instruction_digest=digest)

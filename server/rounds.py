@@ -263,12 +263,14 @@ def opened(
 ) -> SiteReply | Refusal:
     """What is inside a sealed answer to `instruction`; `TrustError` or `ProtocolError` where it is none.
 
-    A site that could not read the instruction refuses in a context without one, and can say nothing else there.
+    A site that could not read the instruction refuses what came, as it came, and can say nothing else there.
     """
     if isinstance(reply, Refusal):
         raise ProtocolError("a refusal came in clear, between institutions it is sealed")
-    context = Context(channel.federation, "", reply.site_id, 0)
-    if (reply.run_id, reply.server_round) != (NOT_TOLD, 0):
+    if (reply.run_id, reply.server_round) == (NOT_TOLD, 0):
+        digest = records_digest(encode_instruction(instruction)).hex()
+        context = Context(channel.federation, "", reply.site_id, 0, instruction_digest=digest)
+    else:
         context = Context(
             channel.federation, instruction.run_id, reply.site_id, instruction.server_round,
             instruction.config_digest, instruction.digest,

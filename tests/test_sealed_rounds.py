@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 from deployed_site import CONFIG, OPEN, round_of
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from joined_sites import Operator, sent, signed
 from test_hostile_coordinator import Clock
@@ -150,9 +150,27 @@ def test_an_instruction_that_nobody_signed_is_not_even_decoded_and_refused_in_se
         assert isinstance(reply, SiteReply)
         assert (reply.run_id, reply.server_round) == (NOT_TOLD, 0)
         assert b"message" not in reply.envelope
-        assert opened(reply, operator.channel, asked) == Refusal("site-0", RefusalCode.MESSAGE)
+        came = dataclasses.replace(asked, attempt=records["instruction"]["attempt"])
+        assert opened(reply, operator.channel, came) == Refusal("site-0", RefusalCode.MESSAGE)
         assert reason in log_of(sites[0])
     assert charged(sites[0]) == 0
+
+
+def test_a_refusal_of_what_could_not_be_read_is_bound_to_what_came(operator: Operator, sites: list[Path]) -> None:
+    """Otherwise a relay could show one such refusal against every later instruction, and send a site away."""
+    asked = round_of(1)
+    old = sent(sites[0], encode_instruction(asked))
+    assert isinstance(old, SiteReply)
+    assert opened(old, operator.channel, asked) == Refusal("site-0", RefusalCode.MESSAGE)
+    for other in (round_of(2), dataclasses.replace(asked, attempt=2), dataclasses.replace(asked, run_id="another")):
+        with pytest.raises(TrustError, match="not signed"):
+            opened(old, operator.channel, other)
+    # What has no digest is nobody's instruction.
+    for records in (RecordDict({"x": MetricRecord({"a": 1})}), RecordDict({"x": ConfigRecord({"a": 1.5})})):
+        for reply in (sent(sites[0], records), bundle_refusal(sites[0], records)):
+            assert isinstance(reply, SiteReply)
+            with pytest.raises(TrustError, match="not signed"):
+                opened(reply, operator.channel, asked)
 
 
 def test_a_refusal_is_sealed_and_bound_to_its_round(operator: Operator, sites: list[Path]) -> None:

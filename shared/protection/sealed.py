@@ -13,7 +13,8 @@ round and how many bytes.
                   `fedcanvas sealed 1`, a zero byte, and the context
 
     context: federation, run, site (each two bytes of length, big-endian, and UTF-8), server round (4 bytes,
-             big-endian), config digest and instruction digest (32 bytes each); what is not known is empty or zero
+             big-endian), config digest and instruction digest (32 bytes each); what is not known is empty or zero. The
+             instruction digest of what could not be read is that of the records that came
 
 Down: the aggregator signs the digest of an instruction's records, and a site checks that before any of it is decoded.
 Sources: RFC 9180 (HPKE); draft-ietf-hpke-pq for the hybrid. Not here: whose keys these are
@@ -46,7 +47,9 @@ class Context:
     """The one question that a message answers; both sides know it without the message.
 
     Attributes:
-        run: "" where the site could not tell what it was asked; the digests are zeros then.
+        run: "" where the site could not tell what it was asked.
+        instruction_digest: of the instruction or, where it could not be read, of the records that came
+            (`shared.records.records_digest`).
     """
 
     federation: str
