@@ -31,7 +31,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from shared.disk import write_whole
 from shared.protection.certificates import issue_server_certificate, make_authority
-from shared.protection.keys import write_private
+from shared.protection.keys import read_private, write_private
 
 ADDRESS, SECRET = "run/runtime-address", "keys/runtime-secret"
 AUTHORITY, AUTHORITY_KEY = "keys/runtime-authority.crt", "keys/runtime-authority.key"
@@ -80,9 +80,9 @@ class Runtime:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """As `prepare` left it."""
+        """As `prepare` left it; `TrustError` where others can read the secret."""
         return cls(
-            (folder / ADDRESS).read_text().strip(), (folder / AUTHORITY).read_bytes(), (folder / SECRET).read_bytes()
+            (folder / ADDRESS).read_text().strip(), (folder / AUTHORITY).read_bytes(), read_private(folder / SECRET)
         )
 
     @property

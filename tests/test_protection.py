@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shared.errors import TrustError
+from shared.flower_runtime import Runtime
 from shared.protection import certificates
 from shared.protection.certificates import (
     check_issued,
@@ -27,7 +28,17 @@ from shared.protection.certificates import (
     read_certificate,
     validity,
 )
-from shared.protection.keys import OpeningKey, SealFor, SigningKey, VerifyKey, fingerprint, from_base64, to_base64
+from shared.protection.keys import (
+    OpeningKey,
+    SealFor,
+    SigningKey,
+    VerifyKey,
+    fingerprint,
+    from_base64,
+    read_node_key,
+    to_base64,
+    write_node_key,
+)
 from shared.protection.sealed import (
     OVERHEAD,
     Context,
@@ -265,6 +276,26 @@ def test_a_key_file_is_read_back_by_its_owner_alone(
     path.chmod(0o640)
     with pytest.raises(TrustError, match=r"can be read by others .*640"):
         kind.read(path, passphrase=passphrase)
+
+
+def test_no_private_file_is_read_that_others_can_read(authority: Path) -> None:
+    """Of TLS, of a Flower node, and the secret of a site's own processes, as those of the protocol above."""
+    write_node_key(authority / "keys/node")
+    Runtime.prepare(authority)
+    reading: list[tuple[str, Callable[[], object]]] = [
+        ("ca.key", lambda: issue(authority)), ("keys/node", lambda: read_node_key(authority / "keys/node")),
+        ("keys/runtime-secret", lambda: Runtime.read(authority)),
+    ]  # fmt: skip
+    for name, read in reading:
+        read()
+        for mode in (0o640, 0o604, 0o620):
+            (authority / name).chmod(mode)
+            with pytest.raises(TrustError, match=f"can be read by others than its owner .mode {mode:o}") as refused:
+                read()
+            assert "chmod 600" in str(refused.value.hint)
+        (authority / name).unlink()
+        with pytest.raises(TrustError, match="cannot be read: No such file"):
+            read()
 
 
 def test_a_key_is_never_replaced(tmp_path: Path) -> None:

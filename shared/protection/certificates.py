@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.disk import fsync_folder
 from shared.errors import TrustError
-from shared.protection.keys import write_private
+from shared.protection.keys import read_private, write_private
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 365
 WARN_DAYS = 30  # before a certificate ends
@@ -153,9 +153,7 @@ def _general_name(name: str) -> x509.GeneralName:
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
-    except OSError as error:
-        raise TrustError(f"the key {path} cannot be read: {error.strerror or error}") from None
+        key = serialization.load_pem_private_key(read_private(path), None)
     except (ValueError, TypeError):
         raise TrustError(f"{path} holds no private key in PEM") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):

@@ -94,7 +94,7 @@ class SigningKey:
     @classmethod
     def read(cls, path: Path, *, passphrase: bytes | None = None) -> Self:
         """Raises `TrustError` when it is missing, damaged, readable by others, or needs another passphrase."""
-        return cls(_only(_read_private(path, (Ed25519PrivateKey,), passphrase)))
+        return cls(_only(_read_keys(path, (Ed25519PrivateKey,), passphrase)))
 
     def write(self, path: Path, *, passphrase: bytes | None = None) -> None:
         """Raises `TrustError` when there is a file already: a key is never replaced by the way."""
@@ -142,7 +142,7 @@ class OpeningKey:
     @classmethod
     def read(cls, path: Path, *, passphrase: bytes | None = None) -> Self:
         """Raises `TrustError` as `SigningKey.read` does."""
-        mlkem, x25519 = _read_private(path, (MLKEM768PrivateKey, X25519PrivateKey), passphrase)
+        mlkem, x25519 = _read_keys(path, (MLKEM768PrivateKey, X25519PrivateKey), passphrase)
         return cls(mlkem, x25519)
 
     def write(self, path: Path, *, passphrase: bytes | None = None) -> None:
@@ -167,10 +167,10 @@ def write_node_key(path: Path) -> None:
 
 
 def read_node_key(path: Path) -> str:
-    """Its public half in one line, as OpenSSH writes it; `TrustError` when it cannot be read."""
+    """Its public half in one line, as OpenSSH writes it; `TrustError` when it cannot be read, or others can."""
     try:
-        private = serialization.load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
+        private = serialization.load_ssh_private_key(read_private(path), None)
+    except (ValueError, TypeError) as error:
         raise TrustError(f"the node's key {path} cannot be read: {error}") from None
     public = private.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return public.decode()
@@ -228,6 +228,24 @@ def write_private(path: Path, content: bytes, *, replace: bool = False) -> None:
     fsync_folder(path.parent)
 
 
+def read_private(path: Path) -> bytes:
+    """Raises `TrustError` when it is missing, readable by others than its owner, or larger than any key."""
+    try:
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            content = file.read(MOST_KEY_BYTES + 1)
+    except OSError as error:
+        raise TrustError(f"the key {path} cannot be read: {error.strerror or error}") from None
+    if about.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise TrustError(
+            f"the key {path} can be read by others than its owner (mode {stat.S_IMODE(about.st_mode):o})",
+            hint=f"chmod 600 {path}; if others have had access, make new keys",
+        )
+    if len(content) > MOST_KEY_BYTES:
+        raise TrustError(f"the key {path} is larger than any key")
+    return content
+
+
 def _remove_partial(path: Path) -> None:
     """What processes that were killed left of this key; it is as private as the key."""
     for left in path.parent.iterdir():
@@ -254,20 +272,10 @@ def _pem(keys: Sequence[Any], passphrase: bytes | None) -> bytes:
     return b"".join(key.private_bytes(*form) for key in keys)
 
 
-def _read_private(path: Path, kinds: Sequence[type], passphrase: bytes | None) -> list[Any]:
-    try:
-        with path.open("rb") as file:
-            about = os.fstat(file.fileno())
-            content = file.read(MOST_KEY_BYTES + 1)
-    except OSError as error:
-        raise TrustError(f"the key {path} cannot be read: {error.strerror or error}") from None
-    if about.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise TrustError(
-            f"the key {path} can be read by others than its owner (mode {stat.S_IMODE(about.st_mode):o})",
-            hint=f"chmod 600 {path}; if others have had access, make new keys",
-        )
+def _read_keys(path: Path, kinds: Sequence[type], passphrase: bytes | None) -> list[Any]:
+    content = read_private(path)
     blocks = _BLOCK.findall(content)
-    if b"".join(blocks) != content or len(blocks) != len(kinds) or len(content) > MOST_KEY_BYTES:
+    if b"".join(blocks) != content or len(blocks) != len(kinds):
         raise TrustError(f"{path} holds no private key of the kind that is wanted")
     keys = []
     for block, kind in zip(blocks, kinds, strict=True):
