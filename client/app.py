@@ -28,6 +28,7 @@ from client.settings import (
 )
 from client.site import Site, SiteRefusal, open_site
 from shared.errors import ConfigError, FederationError, ProtocolError, TrustError
+from shared.protection.federation import AggregatorKeys
 from shared.protection.sealed import UNKNOWN
 from shared.records import (
     MESSAGE_TYPES,
@@ -92,11 +93,11 @@ def _answer(
         if release != RELEASE:
             raise FederationError(f"the run was started by other code than {Path(__file__).parents[1]} holds")
         asked.site = open_site(asked.folder, simulated=simulated)
-        _check_signature(message.content, asked.site)
+        keys = _check_signature(message.content, asked.site)
         asked.instruction = decode_instruction(message.content)
         if MESSAGE_TYPES[asked.instruction.kind] != message.metadata.message_type:
             raise ProtocolError(f"an instruction of kind '{asked.instruction.kind}' came as another message type")
-        return asked.site.answer(asked.instruction)
+        return asked.site.answer(asked.instruction, keys=keys)
     except SiteRefusal as refusal:
         if asked.site:
             asked.site.log(f"refused ({refusal.code}): {refusal.reason}")
@@ -109,12 +110,13 @@ def _answer(
         return _refuse(RefusalCode.SITE, asked, error)
 
 
-def _check_signature(records: RecordDict, site: Site) -> None:
+def _check_signature(records: RecordDict, site: Site) -> AggregatorKeys | None:
     """`TrustError` unless the aggregator of the site's federation signed it: nothing of it was decoded before this."""
-    if site.channel is not None:
-        digest = records_digest(records)
-        statement, signature = detach_signature(records)
-        site.channel.check(digest, statement=statement, signature=signature)
+    if site.channel is None:
+        return None
+    digest = records_digest(records)
+    statement, signature = detach_signature(records)
+    return site.channel.check(digest, statement=statement, signature=signature)
 
 
 def refuse_bundle(message: Message, folder: Path, digest: str) -> Message:

@@ -48,7 +48,9 @@ class SitePolicy(Section):
     kernels: list[str] = Field(["fused"], description="What may compute the private gradient.")
     text_encoders: list[str] = Field(["hashing"], description="Encoders: 'hashing', or 'transformers:PATH'.")
     federations: list[str] = Field([], description="Names of federations; empty: any, if each run is approved.")
-    aggregator_keys: list[str] = Field([], description="Fingerprints of keys that may sign instructions.")
+    aggregator_keys: list[str] = Field(
+        [], description="Fingerprints of an aggregator's keys; empty: any that the federation vouches for."
+    )
     code: list[str] = Field([], description="Digests of this site's code that may run; empty: what is installed.")
     bundles: list[str] = Field(
         [], description="SHA-256 of further Flower bundles that messages may come with; none is ever unpacked."
@@ -85,13 +87,14 @@ class SitePolicy(Section):
         return "\n".join(lines)
 
     def violations(
-        self, config: RunConfig, plan: PrivacyPlan | None, *, units: int | None = None
+        self, config: RunConfig, plan: PrivacyPlan | None, *, units: int | None = None, signed_with: str | None = None
     ) -> Iterator[str]:  # fmt: skip
         """In words, everything by which a run passes the limits; nothing here looks at a record.
 
         Args:
             plan: `None` before there is one: only the noise multiplier is not looked at.
             units: that the site itself publishes; what a federation says of all sites together may be anything.
+            signed_with: fingerprint of the aggregator's keys; `None` where nobody signed the instruction.
         """
         federation, private = config.federation, config.privacy.name != "none"
         if not private and not self.allow_no_privacy:
@@ -126,8 +129,9 @@ class SitePolicy(Section):
             yield f"its federation is '{federation.name}', allowed is {', '.join(self.federations)}"
         if not self.federations and not self.approve_each_run and not self.allow_no_privacy:
             yield "no federation is named in the policy, and runs are not approved one by one"
-        if self.aggregator_keys:
-            yield "the policy wants signed instructions, and this release's are not signed"
+        if self.aggregator_keys and signed_with not in self.aggregator_keys:
+            signed = "not signed" if signed_with is None else f"signed with the keys '{signed_with}'"
+            yield f"it is {signed}, allowed is {', '.join(map(repr, self.aggregator_keys))}"
 
     def ceiling(self, lifetime: Lifetime) -> Lifetime:
         """Of the ledger's lifetime and this policy's the lower one, which counts."""
@@ -164,7 +168,11 @@ class SitePolicy(Section):
         if self.code:
             lines.append(f"Code: only releases with digest {', '.join(code[:12] for code in self.code)}.")
         if self.aggregator_keys:
-            lines.append("Instructions must be signed by a named key; this release's are not, so none is answered.")
+            named = " or ".join(f"'{keys}'" for keys in self.aggregator_keys)
+            lines.append(
+                f"Instructions must be signed with the aggregator's keys {named}; after a rotation none is answered"
+                " until the new ones stand here too."
+            )
         if self.allow_no_privacy:
             lines.append("Runs WITHOUT privacy are allowed: this is a simulated site.")
         lines += [

@@ -60,6 +60,7 @@ from shared.privacy.entropy import Entropy, SeededEntropy, SystemEntropy
 from shared.privacy.ledger import RunAccount, RunTerms
 from shared.privacy.plan import PrivacyPlan, make_plan
 from shared.prompts import PromptPool
+from shared.protection.federation import AggregatorKeys
 from shared.records import RefusalCode, RoundInstruction, SiteReply, unpack_envelope
 from shared.text import CaptionEncoder, build_encoder
 
@@ -128,22 +129,27 @@ class Site:
     def slot_seconds(self) -> float:
         return 0.0 if self.simulated else self.config.slot_seconds
 
-    def answer(self, instruction: RoundInstruction) -> SiteReply:
+    def answer(self, instruction: RoundInstruction, *, keys: AggregatorKeys | None = None) -> SiteReply:
         """The one reply to `instruction`; one at a time.
 
+        Args:
+            keys: that it was signed with, as `channel` checked; none where the site belongs to no federation.
         Raises:
             SiteRefusal: with the code that may leave the site.
         """
+        assert (keys is None) == (self.channel is None)
         with self._lock:
             config = admit(instruction)
             torch.set_num_threads(config.compute.site_threads)  # of this thread: they are part of the result's bits
             try:
                 with self.account.locked():
-                    return self._answer(instruction, config)
+                    return self._answer(instruction, config, keys)
             except FedCanvasError as error:
                 raise SiteRefusal(RefusalCode.SITE, f"{error.message} ({error.hint or 'no hint'})") from error
 
-    def _answer(self, instruction: RoundInstruction, config: RunConfig) -> SiteReply:
+    def _answer(
+        self, instruction: RoundInstruction, config: RunConfig, keys: AggregatorKeys | None
+    ) -> SiteReply:  # fmt: skip
         began = time.monotonic()
         account, run_id = self.account, instruction.run_id
         run = account.ledger.runs.get(run_id)
@@ -158,12 +164,12 @@ class Site:
         if policy.code and RELEASE_CODE not in policy.code:
             raise SiteRefusal(RefusalCode.RELEASE, f"the policy does not allow the installed code {RELEASE_CODE}")
         plan = None if run is None else run.terms.plan
-        units = self.config.published_records
-        violations = list(policy.violations(config, plan, units=units))
+        units, signed_with = self.config.published_records, None if keys is None else keys.fingerprint
+        violations = list(policy.violations(config, plan, units=units, signed_with=signed_with))
         if plan is None and not violations:
             # Only now: the plan of a run that the policy forbids (a million rounds) may take hours to compute.
             plan = _plan(config)
-            violations = list(policy.violations(config, plan, units=units))
+            violations = list(policy.violations(config, plan, units=units, signed_with=signed_with))
         if plan is None or violations:
             raise SiteRefusal(RefusalCode.POLICY, f"run {run_id} of {config.federation.name}: {'; '.join(violations)}")
         public = self._open_public(instruction, config, plan)
@@ -181,7 +187,7 @@ class Site:
         length = payload_length(instruction, public)
         kept = account.stored_reply(instruction)
         # Else its charge is not in this ledger, or nobody has the key any more that it is sealed to.
-        if kept is not None and kept.head in run.heads and self._opens(kept):
+        if kept is not None and kept.head in run.heads and _opens(kept, keys):
             if self.channel is None:
                 payload, head = unpack_envelope(kept.leaves, length=length)
                 reply = self._leave(Release(instruction, payload, head, length))
@@ -205,11 +211,11 @@ class Site:
         figures: list[StepFigures] = []
         payload = self._payload(instruction, public, records, rows_cap=self._rows_cap(run), tell=figures.append)
         reply = self._leave(Release(instruction, payload, charge.head, length))
-        serial = None if self.channel is None else self.channel.serial
         if self.channel is not None:
-            sealed = self.channel.seal("reply", reply.envelope, context=question_of(self.channel, instruction))
+            question = question_of(self.channel, instruction)
+            sealed = self.channel.seal("reply", reply.envelope, context=question, to=keys)
             reply = self._leave(SealedRelease(instruction, sealed, length))
-        account.store_reply(instruction, KeptReply(reply.envelope, charge.head, serial))
+        account.store_reply(instruction, KeptReply(reply.envelope, charge.head, keys.serial if keys else None))
         account.ledger.commit(
             charge, size=len(reply.envelope), sha256=_sha256(reply.envelope),
             fields=[["payload", "int64", [length]], ["head", "uint8", [32]]],
@@ -219,12 +225,6 @@ class Site:
             f" epsilon {charge.epsilon_before:.4g} -> {charge.epsilon_after:.4g} of {run.price.epsilon:.4g} reserved"
         )
         return reply
-
-    def _opens(self, kept: KeptReply) -> bool:
-        """Whether the aggregator can still open it: it has the newest key and the one before, and no older one."""
-        if self.channel is None or kept.serial is None:
-            return self.channel is None and kept.serial is None
-        return kept.serial >= self.channel.serial - 1
 
     def _rows_cap(self, run: RunAccount) -> int | None:
         """Rows of the padded work: as reserved, or more where this site has published more units since, or is not
@@ -533,6 +533,13 @@ def _of_steps(figures: Sequence[StepFigures]) -> str:
     if not figures:
         return "moments"
     return str(figures[0]) if len(figures) == 1 else f"{len(figures)} steps, first {figures[0]}; last {figures[-1]}"
+
+
+def _opens(kept: KeptReply, keys: AggregatorKeys | None) -> bool:
+    """Whether the aggregator, with these keys in force, can still open it: it has those and the ones before."""
+    if keys is None or kept.serial is None:
+        return keys is None and kept.serial is None
+    return kept.serial >= keys.serial - 1
 
 
 def _sha256(content: bytes) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -133,6 +135,21 @@ def test_a_request_with_somebody_else_s_key_in_it_is_refused() -> None:
 def test_a_request_with_a_name_or_node_key_that_could_not_be_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(TrustError):
         SiteKeys.read_request(written(dataclasses.replace(ST_ANNA, **changes).request(SITE)), what="the request")
+
+
+def test_the_fingerprint_of_an_aggregator_names_both_of_its_keys_and_no_dates() -> None:
+    signing, sealing = SigningKey.generate().public, OpeningKey.generate().public
+    keys = AggregatorKeys("retina-2026", 1, signing, sealing, NOW, NOW + timedelta(days=90))
+    about = {"federation": "retina-2026", "instruction-key": base64.b64encode(signing.raw).decode(),
+             "sealing-key": base64.b64encode(sealing.raw).decode()}  # fmt: skip
+    text = b"fedcanvas aggregator 1\0" + json.dumps(about, separators=(",", ":")).encode()
+    letters = base64.b32encode(hashlib.sha256(text).digest())[:24].decode().lower()
+    assert keys.fingerprint.replace(" ", "") == letters
+    assert dataclasses.replace(keys, serial=2, not_after=NOW).fingerprint == keys.fingerprint
+    for changes in (
+        {"signing": SigningKey.generate().public}, {"sealing": OpeningKey.generate().public}, {"federation": "other"},
+    ):  # fmt: skip
+        assert dataclasses.replace(keys, **changes).fingerprint != keys.fingerprint
 
 
 # ---- the channel

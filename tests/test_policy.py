@@ -68,7 +68,7 @@ def test_an_ordinary_run_is_within_the_defaults() -> None:
         ({}, {"text__encoder": "transformers", "text__path": "/etc"}, "'transformers:/etc'"),
         ({"federations": ["retina"]}, {"federation__name": "cornea"}, "federation is 'cornea'"),
         ({"approve_each_run": False}, {}, "no federation is named"),
-        ({"aggregator_keys": ["a1b2"]}, {}, "signed"),
+        ({"aggregator_keys": ["k3xa 7mqe"]}, {}, "not signed, allowed is 'k3xa 7mqe'"),
     ],
 )
 def test_each_limit_refuses_what_passes_it_and_says_by_what(
@@ -113,10 +113,11 @@ def test_the_words_hold_every_figure_of_the_policy() -> None:
     policy = SitePolicy(
         max_epsilon=7.25, delta=3e-6, max_run_epsilon=1.125, min_noise_multiplier=0.625, min_expected_batch=37,
         max_sampling_rate=0.1875, max_rounds=123, max_local_steps=17, max_parameters=345_678, unit="subject",
-        federations=["retina"], code=["ab" * 32],
+        federations=["retina"], code=["ab" * 32], aggregator_keys=["k3xa 7mqe", "2zpd w4hu"],
     )  # fmt: skip
     words = "\n".join(policy.in_words())
     for figure in ("7.25", "3e-06", "1.125", "0.625", "37", "0.1875", "123", "17", "345,678", "subject", "Retina"):
         assert figure in words
     assert "approves each run" in words
     assert "abababababab" in words
+    assert "signed with the aggregator's keys 'k3xa 7mqe' or '2zpd w4hu'" in words

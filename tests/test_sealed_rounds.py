@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ import client.site
 import server.rounds
 from client.app import make_app, refuse_bundle
 from client.settings import SiteConfig
-from client.site import forget_site
+from client.site import forget_site, open_site
 from server.aggregation import Combined, combine
 from server.rounds import Outcome, opened, run_rounds
 from server.training import ServerTraining
@@ -33,14 +33,17 @@ from shared.errors import FederationError, ProtocolError, TrustError
 from shared.observer import SilentObserver
 from shared.privacy.plan import make_plan
 from shared.protection.channel import SiteChannel
-from shared.protection.sealed import OVERHEAD, Context
+from shared.protection.federation import AggregatorKeys
+from shared.protection.sealed import OVERHEAD
 from shared.records import (
     NOT_TOLD,
     Refusal,
     RefusalCode,
     SiteReply,
     decode_reply,
+    detach_signature,
     encode_instruction,
+    records_digest,
 )
 from shared.text import build_encoder
 from simulations.engines import LocalGrid
@@ -107,9 +110,9 @@ def test_a_run_between_institutions_ends_as_any_other_and_the_relay_reads_nothin
     clear: list[bytes] = []
     real = SiteChannel.seal
 
-    def watched(self: SiteChannel, kind: Literal["reply", "refusal"], content: bytes, *, context: Context) -> bytes:
+    def watched(self: SiteChannel, kind: Literal["reply", "refusal"], content: bytes, **named: Any) -> bytes:
         clear.append(content)
-        return real(self, kind, content, context=context)
+        return real(self, kind, content, **named)
 
     monkeypatch.setattr(SiteChannel, "seal", watched)
     sums: list[Combined] = []
@@ -239,6 +242,52 @@ def test_keys_rotate_between_rounds_without_a_new_kit(operator: Operator, sites:
     after = sent(sites[0], signed(operator.channel, round_of(2)))
     assert isinstance(after, SiteReply)
     assert after.envelope[5:13] == operator.opening[0].public.id
+
+
+def fingerprint_of(operator: Operator) -> str:
+    return AggregatorKeys.read(operator.statement, operator.federation).fingerprint
+
+
+def test_a_policy_that_names_keys_answers_to_no_others_whoever_vouches_for_them(
+    operator: Operator, sites: list[Path]
+) -> None:
+    def allow(*fingerprints: str) -> None:
+        (sites[0] / "policy.toml").write_text(toy_policy(**OPEN, aggregator_keys=list(fingerprints)).to_toml())
+
+    first = fingerprint_of(operator)
+    allow(first)
+    answer = opened(sent(sites[0], signed(operator.channel, round_of(1))), operator.channel, round_of(1))
+    assert isinstance(answer, SiteReply)
+    operator.rotate()
+    for server_round in (1, 2):  # nor is what was kept sent to them
+        reply = sent(sites[0], signed(operator.channel, round_of(server_round)))
+        assert opened(reply, operator.channel, round_of(server_round)) == Refusal("site-0", RefusalCode.POLICY)
+    assert f"signed with the keys '{fingerprint_of(operator)}', allowed is '{first}'" in log_of(sites[0])
+    assert charged(sites[0]) == 1
+    allow(first, fingerprint_of(operator))
+    answer = opened(sent(sites[0], signed(operator.channel, round_of(2))), operator.channel, round_of(2))
+    assert isinstance(answer, SiteReply)
+
+
+def test_an_answer_is_sealed_to_the_keys_that_asked_even_when_newer_ones_came_meanwhile(
+    operator: Operator, sites: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = operator.channel, client.site.site_gradient
+    asked = signed(before, round_of(1))
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        operator.rotate()
+        newer = signed(operator.channel, round_of(2))
+        channel = open_site(sites[0], simulated=False).channel
+        assert channel is not None
+        statement, signature = detach_signature(newer)
+        channel.check(records_digest(newer), statement=statement, signature=signature)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(client.site, "site_gradient", slow)
+    assert isinstance(opened(sent(sites[0], asked), before, round_of(1)), SiteReply)
+    kept = (sites[0] / "replies/run.reply").read_bytes().partition(b"\n")
+    assert json.loads(kept[0])["serial"] == 1
 
 
 def test_a_kept_answer_that_nobody_can_open_any_more_is_made_and_charged_anew(

@@ -95,13 +95,12 @@ class SiteChannel:
         self._newest = AggregatorKeys.read_whenever(content, federation)
         check_recipient(self._newest.sealing)
 
-    @property
-    def serial(self) -> int:
-        """Of the newest keys, which answers are sealed to."""
-        return self._newest.serial
-
-    def check(self, records_digest: bytes, *, statement: bytes, signature: bytes, now: datetime | None = None) -> None:
-        """`TrustError` unless the aggregator signed these records with keys in force, as new as any seen here."""
+    def check(
+        self, records_digest: bytes, *, statement: bytes, signature: bytes, now: datetime | None = None
+    ) -> AggregatorKeys:
+        """The keys by which the aggregator signed these records; `TrustError` unless they are in force and as new as
+        any seen here.
+        """
         if len(statement) > MOST_STATEMENT_BYTES:
             raise TrustError("the statement of the aggregator's keys is too long")
         keys = AggregatorKeys.read(statement, self.federation, now=now)
@@ -118,10 +117,17 @@ class SiteChannel:
             check_recipient(keys.sealing)  # before it replaces one that every answer can be sealed to
             write_whole(self._path, statement)
             self._newest = keys
+        return keys
 
-    def seal(self, kind: Literal["reply", "refusal"], content: bytes, *, context: Context) -> bytes:
-        """To the newest keys. A refusal is a code of at most `REFUSAL_BYTES` ASCII letters."""
+    def seal(
+        self, kind: Literal["reply", "refusal"], content: bytes, *, context: Context, to: AggregatorKeys | None = None
+    ) -> bytes:
+        """
+        Args:
+            content: of a refusal a code of at most `REFUSAL_BYTES` ASCII letters.
+            to: the keys that the question was signed with; `None` where none could be told: the newest.
+        """
         assert (context.federation, context.site) == (self.federation.name, self.site)
         whole = REPLY + content if kind == "reply" else REFUSAL + content.ljust(REFUSAL_BYTES, b"\0")
         assert kind == "reply" or len(content) <= REFUSAL_BYTES
-        return seal(whole, to=self._newest.sealing, by=self._signing, context=context)
+        return seal(whole, to=(to or self._newest).sealing, by=self._signing, context=context)

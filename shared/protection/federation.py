@@ -86,6 +86,14 @@ class AggregatorKeys:
     not_before: datetime
     not_after: datetime
 
+    @property
+    def fingerprint(self) -> str:
+        """Of both keys, which a site's policy may name: with one of them alone another could be put beside it."""
+        about = {
+            "federation": self.federation, "instruction-key": self.signing.text, "sealing-key": self.sealing.text
+        }  # fmt: skip
+        return fingerprint(b"fedcanvas aggregator 1\0" + canonical(about))
+
     def statement(self, identity: SigningKey) -> dict[str, Any]:
         fields = {
             "federation": self.federation, "serial": self.serial, "instruction-key": self.signing.text,
