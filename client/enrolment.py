@@ -11,13 +11,12 @@ and lineages on another machine.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from client.account import ANCHOR
@@ -26,6 +25,7 @@ from client.policy import SitePolicy
 from client.settings import OVERFLOW_SHARE, SETTINGS, SiteConfig
 from client.site import forget_site
 from shared.data import ImageCaptionDataset
+from shared.disk import locked
 from shared.errors import ConfigError, LedgerError
 from shared.privacy.budget import Price, fits, price_run
 from shared.privacy.ledger import FILE as LEDGER
@@ -107,23 +107,14 @@ def whole_or_nothing(folder: Path, place: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def store_locked(store: Path) -> Iterator[None]:
+def store_locked(store: Path) -> AbstractContextManager[None]:
     """One enrolment at a time: between the search for shared records and keeping the digests none else may come.
 
     Raises:
         LedgerError: another one is at work.
     """
     store.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(store / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LedgerError(f"another enrolment is at work in {store}", hint="wait until it ends") from None
-        yield
-    finally:
-        os.close(descriptor)
+    return locked(store / LOCK, LedgerError(f"another enrolment is at work in {store}", hint="wait until it ends"))
 
 
 def declare_overlaps(ledger: Ledger, others: Sequence[Ledger]) -> None:

@@ -24,7 +24,6 @@ Nothing of a site's images or captions is ever written here. Not covered: two ma
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -40,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from shared import __version__
+from shared import __version__, disk
 from shared.config import RunConfig
 from shared.disk import fsync_file, fsync_folder, write_whole
 from shared.errors import BudgetExhausted, RunDirectoryError
@@ -665,16 +664,11 @@ def _take_lock(path: Path) -> int:
         raise RunDirectoryError(
             f"no run directory at {path}", hint="a run directory is what --out of `fedcanvas simulate` named"
         )
+    busy = RunDirectoryError(f"{path} is in use by another process", hint="wait until it ends, or stop it")
     try:
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return disk.take_lock(path / "lock", busy)
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise RunDirectoryError(f"{path} is in use by another process", hint="wait until it ends, or stop it") from None
-    return descriptor
 
 
 @contextmanager

@@ -23,15 +23,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO, Any
 
-from shared.disk import write_whole
+from shared.disk import locked, write_whole
 from shared.errors import FederationError
 
 RUN, LOGS = "run", "logs"
@@ -208,18 +208,10 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _held(folder: Path) -> AbstractContextManager[None]:
     (folder / RUN).mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder / RUN / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FederationError(f"{folder} is started already", hint="stop it first, or ask for its status") from None
-        yield
-    finally:
-        os.close(descriptor)
+    busy = FederationError(f"{folder} is started already", hint="stop it first, or ask for its status")
+    return locked(folder / RUN / LOCK, busy)
 
 
 def _write_status(folder: Path, running: Sequence[_Running]) -> None:
