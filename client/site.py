@@ -125,10 +125,6 @@ class Site:
     def site_id(self) -> str:
         return self.config.site_id
 
-    @property
-    def slot_seconds(self) -> float:
-        return 0.0 if self.simulated else self.config.slot_seconds
-
     def answer(self, instruction: RoundInstruction, *, keys: AggregatorKeys | None = None) -> SiteReply:
         """The one reply to `instruction`; one at a time.
 
