@@ -1,13 +1,14 @@
 """Programs that must stay up on this machine: started together, started again when they end, stopped together.
 
-    FOLDER/run/lock         held while the supervisor lives; the kernel frees it however that ends
-    FOLDER/run/status.json  its process, and for each program process, starts, since when, how it ended last
-    FOLDER/logs/NAME.log    what a program says, as text; turned over at 10 MB, five are kept
+    FOLDER/run/lock             held while the supervisor lives; the kernel frees it however that ends
+    FOLDER/run/status.json      its process, and for each program process, starts, since when, how it ended last
+    FOLDER/logs/NAME.log        what a program says, a line with its time, as text or JSON; turned over at 10 MB
+    FOLDER/logs/supervisor.log  what a supervisor that was detached says itself; .1 is that of the start before
 
 A program that ends is started again after `restart_seconds`, longer after each quick end (doubling up to
 `most_seconds`), for as long as it takes: Flower refuses a node for a minute after it was killed. Programs are ended in
 the opposite order of their start, and are killed when they do not end. When the supervisor itself is killed, the kernel
-ends its programs.
+ends its programs. What they say may come from a network: no control character of it reaches a log, nor an endless line.
 Linux only. Not here: what is run (`client.deployment`, `server.deployment`), and a machine that starts again (systemd).
 """
 
@@ -19,27 +20,36 @@ import fcntl
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from shared.disk import locked, write_whole
-from shared.errors import FederationError
+from shared.cli import printable
+from shared.disk import take_lock, write_whole
+from shared.errors import FederationError, RunDirectoryError
 
 RUN, LOGS = "run", "logs"
-LOCK, STATUS = "lock", "status.json"
+LOCK, STATUS, OWN_LOG = "lock", "status.json", "supervisor.log"
 LOG_BYTES, LOG_FILES = 10_000_000, 5
+LINE_BYTES = 2**14  # of what a program says; more of it is another line
+READ_BYTES = 2**20  # of the end of a log that is read again
 QUICK_SECONDS = 30.0  # a program that ran for less ended quickly
 END_SECONDS = 20.0  # before a program is killed
+STOP_SECONDS = 180.0
 POLL_SECONDS = 0.1
+LOCK_SECONDS = 1.0  # of trying: whoever looks whether the lock is held holds it for a moment
+LogFormat = Literal["text", "json"]
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
 
@@ -53,6 +63,7 @@ class Program:
         environment: beside this process's own.
         restart_seconds: before it is started again, the first time.
         most_seconds: before it is started again, ever.
+        end_seconds: that it has to end when it is told to.
     """
 
     name: str
@@ -60,28 +71,74 @@ class Program:
     environment: Mapping[str, str] = field(default_factory=dict)
     restart_seconds: float = 1.0
     most_seconds: float = 60.0
+    end_seconds: float | None = None  # END_SECONDS
+
+    @property
+    def seconds_to_end(self) -> float:
+        return END_SECONDS if self.end_seconds is None else self.end_seconds
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """
+    Attributes:
+        time: when the supervisor read it; ISO 8601, UTC.
+    """
+
+    time: str
+    text: str
+
+
+class _Lines(logging.Formatter):
+    def __init__(self, program: str, form: LogFormat, *, named: bool = False) -> None:
+        super().__init__()
+        self._program, self._form, self._name = program, form, f"{program}: " if named else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time, text = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="seconds"), record.getMessage()
+        if self._form == "json":
+            return json.dumps({"time": time, "program": self._program, "text": text}, ensure_ascii=False)
+        return f"{time} {self._name}{text}"
+
+
+class _Quiet(logging.Handler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A log that cannot be written ends nothing, and is no reason to write about it."""
+
+
+class _File(_Quiet, RotatingFileHandler):
+    """A program's log."""
+
+
+class _Aloud(_Quiet, logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard output."""
 
 
 class _Running:
     """A program and its process."""
 
-    def __init__(self, program: Program, logs: Path) -> None:
+    def __init__(self, program: Program, logs: Path, *, form: LogFormat, aloud: bool) -> None:
         self.program, self.starts, self.ended = program, 0, ""
         self.process: subprocess.Popen[bytes] | None = None
-        self.since = self.due = 0.0
+        self.began, self.since, self.due = "", 0.0, 0.0
         self._wait = program.restart_seconds
         self.log = logging.getLogger(f"fedcanvas.{logs}.{program.name}")
         self.log.propagate = False
         self.log.setLevel(logging.INFO)
-        self.handler = RotatingFileHandler(
-            logs / f"{program.name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1, encoding="utf-8"
-        )
-        self.handler.setFormatter(logging.Formatter("%(message)s"))
-        self.log.addHandler(self.handler)
+        log = logs / f"{program.name}.log"
+        self.handlers: list[logging.Handler] = [
+            _File(log, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1, encoding="utf-8")
+        ]
+        self.handlers[0].setFormatter(_Lines(program.name, form))
+        if aloud:
+            self.handlers.append(_Aloud(sys.stdout))
+            self.handlers[1].setFormatter(_Lines(program.name, form, named=True))
+        for handler in self.handlers:
+            self.log.addHandler(handler)
 
     def start(self) -> None:
         self.starts += 1
-        self.since = time.monotonic()
+        self.began, self.since = _now(), time.monotonic()
         try:
             self.process = subprocess.Popen(
                 list(self.program.command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -117,7 +174,7 @@ class _Running:
     def stop(self) -> None:
         if self.process is None:
             return
-        for ending, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
+        for ending, seconds in ((signal.SIGTERM, self.program.seconds_to_end), (signal.SIGKILL, END_SECONDS)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, ending)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -126,38 +183,47 @@ class _Running:
         self.process = None
 
     def close(self) -> None:
-        self.log.removeHandler(self.handler)
-        self.handler.close()
+        for handler in self.handlers:
+            self.log.removeHandler(handler)
+            handler.close()
 
     def _copy(self, pipe: IO[bytes]) -> None:
         with pipe:
-            for line in pipe:
-                self.log.info("%s", line.decode("utf-8", "replace").rstrip("\n"))
+            while line := pipe.readline(LINE_BYTES):
+                text = _COLOUR.sub("", line.decode("utf-8", "replace").rstrip("\r\n").replace("\t", "    "))
+                self.log.info("%s", printable(text))
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "pid": self.process.pid if self.process else None, "starts": self.starts, "ended": self.ended,
-            "seconds": round(time.monotonic() - self.since, 1) if self.process else 0.0,
+            "pid": self.process.pid if self.process else None, "starts": self.starts,
+            "since": self.began if self.process else "", "ended": self.ended,
         }  # fmt: skip
 
 
-def supervise(folder: Path, programs: Sequence[Program], *, stopped: threading.Event) -> None:
+def supervise(
+    folder: Path, programs: Sequence[Program], *, stopped: threading.Event, form: LogFormat = "text",
+    aloud: bool = False,
+) -> None:  # fmt: skip
     """Keeps the programs running until `stopped` is set, then ends them.
 
+    Args:
+        form: of the lines of the logs.
+        aloud: whether lines go to standard output as well, for what collects that of a service or container.
     Raises:
         FederationError: another supervisor keeps this folder.
     """
     with _held(folder):
-        logs = folder / LOGS
+        (folder / RUN / STATUS).unlink(missing_ok=True)  # of one that was killed
+        logs, began = folder / LOGS, _now()
         logs.mkdir(parents=True, exist_ok=True)
-        running = [_Running(program, logs) for program in programs]
+        running = [_Running(program, logs, form=form, aloud=aloud) for program in programs]
         try:
             for one in running:
                 one.start()
-            _write_status(folder, running)
+            _write_status(folder, running, began)
             while not stopped.wait(POLL_SECONDS):
                 if any([one.look(time.monotonic()) for one in running]):
-                    _write_status(folder, running)
+                    _write_status(folder, running, began)
         finally:
             for one in reversed(running):
                 one.stop()
@@ -176,7 +242,7 @@ def status(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def stop(folder: Path, *, seconds: float = 3 * END_SECONDS) -> bool:
+def stop(folder: Path, *, seconds: float = STOP_SECONDS) -> bool:
     """Ends the supervisor of `folder` and its programs; false when none lived.
 
     Raises:
@@ -186,8 +252,15 @@ def stop(folder: Path, *, seconds: float = 3 * END_SECONDS) -> bool:
     while is_held(folder):
         pid = (status(folder) or {}).get("pid")
         if pid is not None and not told:
-            os.kill(pid, signal.SIGTERM)
-            told = True
+            try:
+                os.kill(pid, signal.SIGTERM)
+                told = True
+            except ProcessLookupError:
+                pass  # it ended in between
+            except PermissionError:
+                raise FederationError(
+                    f"the supervisor of {folder} is process {pid} of another user", hint="stop it as that user"
+                ) from None
         if time.monotonic() > until:
             raise FederationError(f"the supervisor of {folder} does not end", hint=f"kill -9 {pid}")
         time.sleep(POLL_SECONDS)
@@ -200,7 +273,7 @@ def is_held(folder: Path) -> bool:
         return False
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two that look see nothing of each other
     except BlockingIOError:
         return True
     finally:
@@ -208,15 +281,121 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def _held(folder: Path) -> AbstractContextManager[None]:
+def log_lines(folder: Path, name: str) -> list[LogLine]:
+    """The last lines of a program's log, in order, of either form: at most a megabyte; none where there is no log."""
+    content = b""
+    for path in (folder / LOGS / f"{name}.log", folder / LOGS / f"{name}.log.1"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - (READ_BYTES - len(content))))
+            content = file.read(READ_BYTES) + content
+        if len(content) >= READ_BYTES:
+            break
+    return [line for text in content.decode("utf-8", "replace").splitlines() if (line := _parsed(text)) is not None]
+
+
+@dataclass(frozen=True)
+class Detached:
+    """A process that goes on when this one and its terminal are gone.
+
+    Attributes:
+        log: what it says.
+    """
+
+    pid: int
+    log: Path
+
+    def wait_until(self, true: Callable[[], bool], *, seconds: float) -> bool:
+        """Whether it came true in time.
+
+        Raises:
+            FederationError: the process ended before, with the last that it said.
+        """
+        until = time.monotonic() + seconds
+        while not true():
+            ended, how = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(how)
+                said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+                words = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
+                raise FederationError(
+                    f"it ended with code {code}: {printable(words.removeprefix('error: ')) or 'without a word'}",
+                    hint=f"{self.log} has what it said",
+                )
+            if time.monotonic() > until:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+
+def detach(command: Sequence[str], folder: Path) -> Detached:
+    """Starts what supervises `folder` apart from this process: a session of its own, no standard input, its own log.
+
+    Args:
+        command: a program's path and its arguments, such as this command line with `--foreground`.
+    """
+    log = folder / LOGS / OWN_LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(log.with_name(f"{OWN_LOG}.1"))
+    # Not `subprocess`: nobody will wait for it. Python's other descriptors are closed in it.
+    pid = os.posix_spawn(
+        command[0], list(command), os.environ, setsid=True, file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+    )  # fmt: skip
+    return Detached(pid, log)
+
+
+def until_told(run: Callable[[threading.Event], None]) -> None:
+    """`run` with an event that SIGTERM and Ctrl-C set: for a supervisor in the foreground."""
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run(stopped)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
     (folder / RUN).mkdir(mode=0o700, parents=True, exist_ok=True)
     busy = FederationError(f"{folder} is started already", hint="stop it first, or ask for its status")
-    return locked(folder / RUN / LOCK, busy)
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            descriptor = take_lock(folder / RUN / LOCK, busy)
+            break
+        except FederationError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _write_status(folder: Path, running: Sequence[_Running]) -> None:
-    about = {"pid": os.getpid(), "time": _now(), "programs": {one.program.name: one.to_dict() for one in running}}
-    write_whole(folder / RUN / STATUS, json.dumps(about, indent=2).encode() + b"\n", durable=False)
+def _write_status(folder: Path, running: Sequence[_Running], began: str) -> None:
+    about = {"pid": os.getpid(), "since": began, "programs": {one.program.name: one.to_dict() for one in running}}
+    with contextlib.suppress(RunDirectoryError):  # a full disk ends no program
+        write_whole(folder / RUN / STATUS, json.dumps(about, indent=2).encode() + b"\n", durable=False)
+
+
+def _parsed(line: str) -> LogLine | None:
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            about = json.loads(line)
+            return LogLine(str(about["time"]), str(about["text"]))
+        return None
+    time, _, text = line.partition(" ")
+    try:
+        datetime.fromisoformat(time)
+    except ValueError:
+        return None  # the rest of a line whose beginning was not read
+    return LogLine(time, text)
 
 
 def _end_with_parent() -> None:

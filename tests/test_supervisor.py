@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 
 from shared import supervisor
 from shared.errors import FederationError
-from shared.supervisor import Program, is_held, status, stop, supervise
+from shared.supervisor import Program, detach, is_held, log_lines, status, stop, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 SLEEPER = "import os, sys, time; print('hello', sys.argv[1], os.environ.get('COLOUR'), flush=True); time.sleep(600)"
@@ -44,9 +45,10 @@ def alive(pid: int) -> bool:
 class Kept:
     """A supervisor in a thread."""
 
-    def __init__(self, folder: Path, *programs: Program) -> None:
+    def __init__(self, folder: Path, *programs: Program, **more: Any) -> None:
         self.folder, self._stopped = folder, threading.Event()
-        self.thread = threading.Thread(target=supervise, args=(folder, programs), kwargs={"stopped": self._stopped})
+        more["stopped"] = self._stopped
+        self.thread = threading.Thread(target=supervise, args=(folder, programs), kwargs=more)
         self.thread.start()
         eventually(lambda: self.pids)
 
@@ -145,3 +147,150 @@ def test_when_the_supervisor_is_killed_its_programs_end_and_the_folder_can_be_st
     eventually(lambda: not alive(pid))
     assert status(tmp_path) is None
     Kept(tmp_path, sleeper("b")).end()
+
+
+def saying(*lines: str) -> Program:
+    return Program("talker", [sys.executable, "-c", f"import time; print({chr(10).join(lines)!r}, flush=True);"
+                              "time.sleep(600)"])  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_line_is_read_again_with_its_time_in_either_form(tmp_path: Path, form: str) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    made = Kept(tmp_path, saying('{"a": 1}', "b  c"), form=form)
+    eventually(lambda: len(log_lines(tmp_path, "talker")) == 2)
+    made.end()
+    assert [line.text for line in log_lines(tmp_path, "talker")] == ['{"a": 1}', "b  c"]
+    for line, raw in zip(
+        log_lines(tmp_path, "talker"), (tmp_path / "logs/talker.log").read_text().splitlines(), strict=True
+    ):
+        assert before <= datetime.fromisoformat(line.time) <= datetime.now(UTC)
+        if form == "json":
+            assert json.loads(raw) == {"time": line.time, "program": "talker", "text": line.text}
+        else:
+            assert raw == f"{line.time} {line.text}"
+
+
+def test_nothing_that_moves_a_cursor_and_no_endless_line_reaches_a_log(tmp_path: Path) -> None:
+    made = Kept(tmp_path, saying("\x1b[92mINFO \x1b[0m: \x1b[2J\tend\x07", "x" * 100_000))
+    eventually(lambda: sum(len(line.text) for line in log_lines(tmp_path, "talker")) > 100_000)
+    made.end()
+    first, *rest = (line.text for line in log_lines(tmp_path, "talker"))
+    assert first == "INFO : \N{REPLACEMENT CHARACTER}[2J    end\N{REPLACEMENT CHARACTER}"
+    assert "".join(rest) == "x" * 100_000
+    assert max(map(len, rest)) <= supervisor.LINE_BYTES
+
+
+def test_a_log_is_turned_over_and_read_across_the_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "LOG_BYTES", 20_000)
+    lines = [f"line {number}" for number in range(1500)]
+    made = Kept(tmp_path, saying(*lines))
+    eventually(lambda: "line 1499" in (tmp_path / "logs/talker.log").read_text())
+    made.end()
+    kept = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert kept == ["talker.log", "talker.log.1", "talker.log.2"]
+    assert all(path.stat().st_size <= 20_000 for path in (tmp_path / "logs").iterdir())
+    found = [line.text for line in log_lines(tmp_path, "talker")]
+    assert found == lines[-len(found) :]
+    assert len(found) > (tmp_path / "logs/talker.log").read_text().count("\n")
+
+
+def test_in_the_foreground_lines_are_repeated_on_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Kept(tmp_path, saying("hello"), aloud=True)
+    eventually(lambda: log_lines(tmp_path, "talker"))
+    made.end()
+    assert capsys.readouterr().out.partition(" ")[2] == "talker: hello\n"
+
+
+def test_the_status_says_since_when(kept: Kept) -> None:
+    before = datetime.fromisoformat(kept.about["a"]["since"])
+    started = datetime.fromtimestamp(Path(f"/proc/{kept.pids['a']}").stat().st_mtime, UTC)  # the kernel's word
+    assert abs((started - before).total_seconds()) < 5
+    found = status(kept.folder)
+    assert found is not None
+    assert abs((datetime.fromisoformat(found["since"]) - before).total_seconds()) < 5
+
+
+def test_looking_whether_it_is_started_never_keeps_it_from_starting(tmp_path: Path) -> None:
+    ending = threading.Event()
+    looking = [threading.Thread(target=look_until, args=(tmp_path, ending)) for _ in range(3)]
+    for thread in looking:
+        thread.start()
+    try:
+        for _ in range(20):
+            told = threading.Event()
+            told.set()
+            supervise(tmp_path, [], stopped=told)
+            assert not is_held(tmp_path)  # whoever looks besides does not count as one that keeps it
+    finally:
+        ending.set()
+        for thread in looking:
+            thread.join()
+
+
+def look_until(folder: Path, ending: threading.Event) -> None:
+    while not ending.is_set():
+        is_held(folder)
+
+
+SUPERVISOR = f"""
+import sys, threading
+from pathlib import Path
+from shared.supervisor import Program, supervise, until_told
+program = Program('a', [sys.executable, '-c', {SLEEPER!r}, 'a'])
+until_told(lambda stopped: supervise(Path(sys.argv[1]), [program], stopped=stopped))
+"""
+
+
+def test_a_detached_supervisor_outlives_who_started_it_and_has_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    starter = (
+        "import sys; from pathlib import Path; from shared.supervisor import detach, status;"
+        f"made = detach([sys.executable, '-c', {SUPERVISOR!r}, sys.argv[1]], Path(sys.argv[1]));"
+        "came = made.wait_until(lambda: bool((status(Path(sys.argv[1])) or {}).get('programs')), seconds=30);"
+        "print(came, made.pid)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", starter, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    ).stdout.split()
+    pid = int(said[1])
+    try:
+        assert said[0] == "True"
+        assert alive(pid)
+        assert os.getsid(pid) == pid != os.getsid(0)
+        assert os.readlink(f"/proc/{pid}/fd/0") == os.devnull
+        for descriptor in (1, 2):
+            assert os.readlink(f"/proc/{pid}/fd/{descriptor}") == str(tmp_path / "logs/supervisor.log")
+    finally:
+        assert stop(tmp_path)
+    eventually(lambda: not alive(pid))
+    assert (tmp_path / "logs/supervisor.log").read_text() == ""
+
+
+def test_what_a_detached_process_said_before_it_ended_is_told(tmp_path: Path) -> None:
+    code = "import sys; print('error: no key here', file=sys.stderr); print('hint: ...', file=sys.stderr); sys.exit(3)"
+    for _ in range(2):
+        made = detach([sys.executable, "-c", code], tmp_path)
+        with pytest.raises(FederationError, match=r"^it ended with code 3: no key here$"):
+            made.wait_until(lambda: False, seconds=30)
+    assert "no key here" in (tmp_path / "logs/supervisor.log.1").read_text()  # of the start before
+
+
+def test_what_does_not_come_about_in_time_is_no_error(tmp_path: Path) -> None:
+    made = detach([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path)
+    assert not made.wait_until(lambda: False, seconds=0.3)
+    os.kill(made.pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(made.pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_supervisor_that_is_told_to_end_ends_with_code_0(tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path)], cwd=ROOT)
+        eventually(lambda: (status(tmp_path) or {}).get("programs"))
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+        assert status(tmp_path) is None
