@@ -14,6 +14,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from server.cohort import Cohort
 from server.evaluation import write_samples
 from server.quality import QualityProbe, as_event
 from server.rounds import Outcome, run_rounds
@@ -53,7 +54,7 @@ class ReferencePlace:
     cache_dir: str
 
 
-def serve(grid: Grid, rundir: RunDirectory, observer: Observer) -> Outcome:
+def serve(cohort: Cohort, rundir: RunDirectory, observer: Observer) -> Outcome:
     """Every round that `rundir` does not hold yet, then the released model beside them."""
     config, prompts = rundir.config, PromptPool(rundir.prompts)
     plan, encoder = make_plan(config), build_encoder(config.text)
@@ -72,7 +73,7 @@ def serve(grid: Grid, rundir: RunDirectory, observer: Observer) -> Outcome:
             rundir.append_timing(server_round, time.monotonic() - started, of="quality")
 
     outcome = run_rounds(
-        grid, config=config, plan=plan, training=training, rundir=rundir, prompts=prompts, observer=observer,
+        cohort, config=config, plan=plan, training=training, rundir=rundir, prompts=prompts, observer=observer,
         evaluate=evaluate,
     )  # fmt: skip
     card = {
@@ -114,7 +115,7 @@ def make_app(rundir: RunDirectory, observer: Observer, done: Callable[[Outcome],
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        done(serve(grid, rundir, observer))
+        done(serve(Cohort(grid, rundir.config.federation, observer), rundir, observer))
 
     return app
 
@@ -144,4 +145,5 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     with open_run(context.run_config) as rundir:
-        serve(grid, rundir, SilentObserver())
+        observer = SilentObserver()
+        serve(Cohort(grid, rundir.config.federation, observer), rundir, observer)

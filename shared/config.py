@@ -114,7 +114,13 @@ class FederationConfig(Section):
     rounds: int = Field(300, ge=1, le=1_000_000, description="Federated rounds.")
     local_steps: int = Field(1, ge=1, le=1000, description="DP-SGD steps at a site a round; every one is charged.")
     fewest_sites: int = Field(
-        0, ge=0, le=10_000, description="A run goes on without sites that refuse while so many answer; 0 = all of them."
+        0, ge=0, le=10_000, description="A round needs so many answers and goes on without the others; 0 = all sites."
+    )
+    cohort: Literal["all", "first"] = Field(
+        "all", description="A round waits for every site that is there, or ends with the fewest-sites that are first."
+    )
+    deadline_seconds: float = Field(
+        3600.0, gt=0, le=604_800, description="Seconds that a round waits for a silent site."
     )
     published_records: int = Field(
         ge=1, le=10**12, description="Units (examples or subjects) of all sites, a rounded figure."

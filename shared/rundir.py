@@ -240,9 +240,17 @@ class RunDirectory:
     def events(self) -> list[dict[str, Any]]:
         return self._lines("events.jsonl")
 
-    def append_timing(self, server_round: int, seconds: float, *, of: str = "round") -> None:
-        """Seconds of a round, or of what is done beside rounds ("quality": figures during training)."""
-        line = {"server_round": server_round, "seconds": round(seconds, 4)}
+    def append_timing(
+        self, server_round: int, seconds: float, *, of: str = "round", traffic: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Seconds of a round, or of what is done beside rounds ("quality": figures during training).
+
+        Args:
+            traffic: bytes to the sites and from them; none where a round is replayed from its release.
+        """
+        line: dict[str, Any] = {"server_round": server_round, "seconds": round(seconds, 4)}
+        if any(traffic):
+            line["bytes_down"], line["bytes_up"] = traffic
         self._append("timings.jsonl", line if of == "round" else {**line, "of": of}, durable=False)
 
     def timings(self, *, of: str = "round") -> list[dict[str, Any]]:
@@ -250,13 +258,14 @@ class RunDirectory:
 
     # ---- what was spent
 
-    def charge(self, server_round: int, *, steps: int, reserved_steps: int) -> int:
+    def charge(self, server_round: int, *, steps: int, reserved_steps: int, instruction: str = "") -> int:
         """Counts an attempt of a round as spent, durably; call it before its instructions leave.
 
         Args:
             server_round: from 1; 0 is the warm start, which takes no steps.
             steps: DP-SGD steps of the attempt.
             reserved_steps: steps that the plan's epsilon covers, slack included.
+            instruction: digest of what is asked for.
         Returns:
             The number of the attempt, from 1.
         Raises:
@@ -268,15 +277,16 @@ class RunDirectory:
                 f"round {server_round} needs {steps} more steps, {spent} of {reserved_steps} reserved steps are spent",
                 hint="the plan's slack for retries is used up: start a new run with a larger privacy.retry-slack",
             )
-        attempt = 1 + sum(line["server_round"] == server_round for line in self.charges())
-        self._append("spent.jsonl", {"server_round": server_round, "attempt": attempt, "steps": steps}, durable=True)
+        attempt = 1 + len([line for line in self.charges() if line["server_round"] == server_round])
+        line = {"server_round": server_round, "attempt": attempt, "steps": steps, "instruction": instruction}
+        self._append("spent.jsonl", line, durable=True)
         return attempt
 
-    def charges(self) -> list[dict[str, int]]:
+    def charges(self) -> list[dict[str, Any]]:
         return self._lines("spent.jsonl")
 
     def steps_charged(self) -> int:
-        return sum(line["steps"] for line in self.charges())
+        return sum(int(line["steps"]) for line in self.charges())
 
     # ---- what sites said of themselves
 

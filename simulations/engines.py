@@ -34,6 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import make_app as make_client_app
 from server.app import make_app as make_server_app
 from server.app import serve
+from server.cohort import Cohort
 from server.rounds import Outcome
 from shared import errors
 from shared.config import RunConfig
@@ -66,7 +67,7 @@ def run_local(
     assert (config.digest, prompts.texts) == (rundir.config.digest, rundir.prompts)
     app = make_client_app(site_dirs)
     with LocalGrid(app, sites=len(site_dirs), parallel_sites=config.compute.parallel_sites) as grid:
-        return serve(grid, rundir, observer)
+        return serve(Cohort(grid, config.federation, observer), rundir, observer)
 
 
 def run_ray(

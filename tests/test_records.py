@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.gate import Release, build
-from server.aggregation import combine
+from server.aggregation import RoundSum
 from shared import records as wire
 from shared.errors import ProtocolError
 from shared.fakes import FakeBank
@@ -356,9 +356,11 @@ def reply_of(values: list[int], site_id: str = "a", **changes: Any) -> SiteReply
 
 
 def total_of(replies: list[SiteReply], length: int = 2) -> tuple[np.ndarray, int]:
-    combined = combine(replies, run_id=REPLY.run_id, server_round=3, length=length)
-    assert combined.heads == {reply.site_id: HEAD for reply in replies}
-    return combined.total, combined.replies
+    summed = RoundSum(run_id=REPLY.run_id, server_round=3, length=length)
+    for reply in replies:
+        summed.add(reply)
+    assert summed.heads == {reply.site_id: HEAD for reply in replies}
+    return summed.total, summed.replies
 
 
 @settings(max_examples=50, deadline=None)
@@ -378,22 +380,24 @@ def test_the_sum_of_the_most_sites_at_the_limit_does_not_wrap_around():
 
 
 @pytest.mark.parametrize(
-    "replies",
+    "wrong",
     [
-        [],
-        [reply_of([1, 2]), reply_of([1, 2])],
-        [reply_of([1, 2]), reply_of([1, 2, 3], "b")],
-        [reply_of([1, 2], run_id="another")],
-        [reply_of([1, 2], server_round=2)],
-        [reply_of([1, LATTICE_LIMIT + 1])],
-        [reply_of([1, -LATTICE_LIMIT - 1])],
-        [dataclasses.replace(REPLY, envelope=b"\x00" * 15)],
-        [dataclasses.replace(REPLY, envelope=b"\x00" * 16)],
+        reply_of([1, 2]),
+        reply_of([1, 2, 3], "b"),
+        reply_of([1, 2], "b", run_id="another"),
+        reply_of([1, 2], "b", server_round=2),
+        reply_of([1, LATTICE_LIMIT + 1], "b"),
+        reply_of([1, -LATTICE_LIMIT - 1], "b"),
+        dataclasses.replace(REPLY, site_id="b", envelope=b"\x00" * 15),
+        dataclasses.replace(REPLY, site_id="b", envelope=b"\x00" * 16),
     ],
 )
-def test_replies_that_do_not_belong_together_are_not_summed(replies: list[SiteReply]):
+def test_a_reply_that_does_not_belong_to_the_sum_leaves_it_as_it_was(wrong: SiteReply):
+    summed = RoundSum(run_id=REPLY.run_id, server_round=3, length=2)
+    summed.add(reply_of([1, 2]))
     with pytest.raises(ProtocolError):
-        total_of(replies)
+        summed.add(wrong)
+    assert (summed.total.tolist(), summed.heads, summed.replies) == ([1, 2], {"a": HEAD}, 1)
 
 
 def test_the_digest_of_an_instruction_names_all_that_is_asked_for_and_not_how_often():

@@ -14,8 +14,9 @@ from flwr.app import Context, Error, Message
 from toy_federation import PROMPTS, make_run, make_sites, toy_config
 
 import client.site
+import server.app
 from client.app import make_app
-from server.app import serve
+from server.cohort import Cohort
 from server.rounds import Outcome, run_rounds
 from server.training import ServerTraining
 from shared.config import RunConfig
@@ -66,6 +67,11 @@ def run(path: Path, config: RunConfig, site_dirs: list[Path], observer: Watcher 
         )
 
 
+def serve(grid: LocalGrid, rundir: RunDirectory) -> Outcome:
+    observer = SilentObserver()
+    return server.app.serve(Cohort(grid, rundir.config.federation, observer), rundir, observer)
+
+
 def charges(path: Path) -> list[tuple[int, int, int]]:
     lines = [json.loads(line) for line in (path / "spent.jsonl").read_text().splitlines()]
     return [(line["server_round"], line["attempt"], line["steps"]) for line in lines]
@@ -103,7 +109,7 @@ def test_the_charge_is_on_disk_before_an_instruction_leaves(site_dirs: list[Path
 
     config = toy_config(NOT_PRIVATE)
     with make_run(tmp_path / "run", config) as rundir, Looking(make_app(site_dirs), sites=2, parallel_sites=1) as grid:
-        serve(grid, rundir, SilentObserver())
+        serve(grid, rundir)
     assert seen == [[(1, 1, 1)], [(1, 1, 1), (2, 1, 1)]]
 
 
@@ -151,7 +157,7 @@ def test_a_round_whose_replies_were_lost_is_charged_again(site_dirs: list[Path],
     undisturbed = run(tmp_path / "a", config, site_dirs)
     grid = Losing(make_app(site_dirs), sites=2, parallel_sites=2)
     with make_run(tmp_path / "b", config) as rundir, grid, pytest.raises(KeyboardInterrupt):
-        serve(grid, rundir, SilentObserver())
+        serve(grid, rundir)
     resumed = run(tmp_path / "b", config, site_dirs)
     assert resumed.digest == undisturbed.digest
     assert charges(tmp_path / "b") == [(0, 1, 0), (1, 1, 1), (2, 1, 1), (3, 1, 1), (3, 2, 1), (4, 1, 1)]
@@ -168,13 +174,13 @@ def test_a_run_that_used_up_its_slack_stops(site_dirs: list[Path], tmp_path: Pat
     assert len(charges(tmp_path / "run")) == 5  # what was refused was not charged
 
 
-def test_a_warm_start_with_fresh_noise_is_never_asked_for_twice(site_dirs: list[Path], tmp_path: Path):
+def test_a_warm_start_with_fresh_noise_is_never_asked_for_in_two_ways(site_dirs: list[Path], tmp_path: Path):
     config = toy_config({"privacy.name": "none", "warm-start.enabled": True})
     rundir = RunDirectory.create(tmp_path / "run", config=config, prompts=PROMPTS.texts, entropy="system")
     with rundir, LocalGrid(make_app(site_dirs), sites=2, parallel_sites=2) as grid:
         rundir.charge(0, steps=0, reserved_steps=9)
         with pytest.raises(BudgetExhausted, match="warm start"):
-            serve(grid, rundir, SilentObserver())
+            serve(grid, rundir)
 
 
 # ---- sites that do not answer as they should
@@ -186,8 +192,8 @@ def rounds_with(tmp_path: Path, config: RunConfig, grid: LocalGrid, **settings: 
     plan, encoder = make_plan(config), build_encoder(config.text)
     with make_run(tmp_path / "run", config) as rundir, grid:
         return run_rounds(
-            grid, config=config, plan=plan, training=ServerTraining(config, plan, PROMPTS, encoder), rundir=rundir,
-            prompts=PROMPTS, observer=SilentObserver(), **settings,
+            Cohort(grid, config.federation, SilentObserver()), config=config, plan=plan,
+            training=ServerTraining(config, plan, PROMPTS, encoder), rundir=rundir, prompts=PROMPTS, observer=SilentObserver(), **settings,
         )  # fmt: skip
 
 
@@ -288,7 +294,7 @@ def test_a_silent_site_stops_the_run_at_the_deadline(site_dirs: list[Path], tmp_
 
     grid = Silent(make_app(site_dirs), sites=2, parallel_sites=2)
     with pytest.raises(FederationError, match="round 1: no reply from node 1002 within 2 s"):
-        rounds_with(tmp_path, toy_config(NOT_PRIVATE), grid, reply_seconds=2)
+        rounds_with(tmp_path, toy_config({**NOT_PRIVATE, "federation.deadline-seconds": 2.0}), grid)
 
 
 def test_late_second_and_foreign_replies_are_ignored(site_dirs: list[Path], tmp_path: Path):
@@ -348,5 +354,5 @@ def test_a_reply_that_is_none_names_its_site(site_dirs: list[Path], tmp_path: Pa
 def test_another_number_of_sites_than_the_plan_s_is_refused(present: int, tmp_path: Path):
     grid = LocalGrid(make_app(make_sites(tmp_path / "sites", sizes=(9,) * present)), sites=present, parallel_sites=1)
     with pytest.raises(FederationError, match=f"{present} sites are there, federation.sites says 2"):
-        rounds_with(tmp_path, toy_config(NOT_PRIVATE), grid, reply_seconds=0.3)
+        rounds_with(tmp_path, toy_config({**NOT_PRIVATE, "federation.deadline-seconds": 0.3}), grid)
     assert not (tmp_path / "run/spent.jsonl").exists()  # nobody was asked, so nothing is charged

@@ -25,8 +25,9 @@ import server.rounds
 from client.app import make_app, refuse_bundle
 from client.settings import SiteConfig
 from client.site import forget_site, open_site
-from server.aggregation import Combined, combine
-from server.rounds import Outcome, opened, run_rounds
+from server.aggregation import RoundSum
+from server.cohort import Cohort, opened
+from server.rounds import Outcome, run_rounds
 from server.training import ServerTraining
 from shared.config import RunConfig
 from shared.errors import FederationError, ProtocolError, TrustError
@@ -98,9 +99,11 @@ def run(path: Path, config: RunConfig, operator: Operator, grid: LocalGrid) -> O
     with grid, make_run(path, config) as rundir:
         plan, encoder = make_plan(config), build_encoder(config.text)
         training = ServerTraining(config, plan, PROMPTS, encoder)
+        observer = SilentObserver()
+        cohort = Cohort(grid, config.federation, observer, channel=operator.channel)
         return run_rounds(
-            grid, config=config, plan=plan, training=training, rundir=rundir, prompts=PROMPTS,
-            observer=SilentObserver(), reply_seconds=60.0, channel=operator.channel,
+            cohort, config=config, plan=plan, training=training, rundir=rundir, prompts=PROMPTS,
+            observer=observer,
         )  # fmt: skip
 
 
@@ -115,17 +118,15 @@ def test_a_run_between_institutions_ends_as_any_other_and_the_relay_reads_nothin
         return real(self, kind, content, **named)
 
     monkeypatch.setattr(SiteChannel, "seal", watched)
-    sums: list[Combined] = []
-    monkeypatch.setattr(
-        server.rounds, "combine", lambda *a, **k: (sums.append(combined := combine(*a, **k)), combined)[1]
-    )
+    sums: list[RoundSum] = []
+    monkeypatch.setattr(server.rounds, "RoundSum", lambda **of: (sums.append(summed := RoundSum(**of)), summed)[1])
     wire = Wire(sites)
     assert run(tmp_path / "run", RUN_CONFIG, operator, wire).rounds == 2
     # The sums are exactly those of what the sites sealed.
     values = [np.frombuffer(envelope[:-32], "<i8") for envelope in clear]
-    for place, combined in enumerate(sums):
-        assert combined.replies == 2
-        assert np.array_equal(combined.total, values[2 * place] + values[2 * place + 1])
+    for place, summed in enumerate(sums):
+        assert summed.replies == 2
+        assert np.array_equal(summed.total, values[2 * place] + values[2 * place + 1])
     passed = b"".join(wire.up)
     assert len(clear) == 4
     for envelope in clear:

@@ -21,7 +21,7 @@ from toy_federation import make_sites, toy_config, toy_policy
 from client.deployment import programs
 from client.joining import AUTHORITY
 from client.membership import NODE
-from server.rounds import opened
+from server.cohort import opened
 from shared.app_bundle import digest_of_bundle
 from shared.errors import ConfigError
 from shared.protection.keys import read_node_key, write_node_key

@@ -16,7 +16,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from joined_sites import Operator, signed
 from toy_federation import make_sites, toy_policy
 
-from server.rounds import opened
+from server.cohort import opened
 from shared.app_bundle import bundle_digest, bundle_files, digest_of_bundle
 from shared.flower_runtime import ADDRESS, AUTHORITY, SECRET
 from shared.protection.keys import write_private

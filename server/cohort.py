@@ -1,0 +1,427 @@
+"""Who is asked in a round, who has answered, and when a round is over. One rule for every engine.
+
+A site that refuses, fails, is silent past the deadline or sends what is no answer costs itself only: the round goes on
+while `federation.fewest-sites` can still answer, and stops with the reason when they cannot.
+
+    a round ends   when every site that is there has answered (federation.cohort = "all"), or as soon as enough have
+                   ("first"); at federation.deadline-seconds with those that have, if they are enough
+    not waited for a site that was late in the round before, or that is not there, once enough have answered
+    asked again    the very same instruction (a site answers it with the same bytes, uncharged): a site that was not
+                   reachable, one that had not approved the run yet; in later rounds also one that refused otherwise
+
+Between institutions nodes come and go, and before anyone has answered there is no deadline: people there have to
+approve the run first. In a simulation all nodes are there from the start, and what failed once would fail again.
+Not here: what is asked and what becomes of the sum (`server.rounds`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from shared.config import FederationConfig
+from shared.errors import FedCanvasError, FederationError, ProtocolError, TrustError
+from shared.observer import Observer
+from shared.protection.channel import AggregatorChannel
+from shared.protection.sealed import Context
+from shared.records import (
+    MESSAGE_TYPES,
+    NOT_TOLD,
+    Refusal,
+    RefusalCode,
+    RoundInstruction,
+    SiteReply,
+    attach_signature,
+    decode_reply,
+    encode_instruction,
+    records_digest,
+)
+
+POLL_SECONDS = 0.05
+PATIENCE_SECONDS = 15.0  # Ray takes some ten to start
+LOOK_SECONDS = 1.0  # between looks at which nodes are there
+AGAIN_SECONDS, MOST_AGAIN_SECONDS = 5.0, 60.0  # before a site is asked the same again; doubles
+AGAIN_ROUNDS = 10  # before a site that refused for good is asked once more: its people may have mended it
+NEVER = 10**9  # as a round
+MOST_SECONDS_ON_THE_WAY = 86_400.0  # of a message
+
+# Flower's own error codes (flwr.common.constant.ErrorCode); the text beside them is not shown: it may quote data.
+ENGINE_ERRORS = {
+    1: "its client app cannot be loaded",
+    2: "its client app raised",
+    3: "the message was lost",
+    4: "the reply was lost",
+    5: "its node is not reachable",
+    7: "it does not trust the bundle",
+    8: "its client app died",
+}
+REFUSALS = {
+    RefusalCode.MESSAGE: "it could not read the instruction, or not at this point of the run",
+    RefusalCode.CONFIG: "the settings are not valid there",
+    RefusalCode.PLAN: "its own plan cannot give the privacy that is asked for",
+    RefusalCode.POLICY: "its policy does not allow these settings",
+    RefusalCode.APPROVAL: "nobody there has approved the run yet (`fedcanvas client runs`), or it was denied",
+    RefusalCode.RELEASE: "its code is mixed from two releases, or is not the one that its policy allows",
+    RefusalCode.SITE: "its data or its budget does not allow an answer",
+}
+
+
+class RunStopped(Exception):
+    """Somebody stopped the run; it can go on from its last checkpoint."""
+
+
+class Roster(Protocol):
+    """Between institutions: who may take part now, and whose node is whose. Both may change at any time."""
+
+    def sites(self) -> set[str]: ...
+
+    def online(self) -> dict[int, str]:
+        """Node id to site."""
+        ...
+
+
+@dataclass
+class _Member:
+    """What is known of one node.
+
+    Attributes:
+        site: "" until it has said, where no roster says.
+        out_until: the round in which it is asked again after it refused.
+        late: it was silent past the deadline of the last round.
+        due: when it may be asked the same once more, on the clock of `time.monotonic`.
+        wait: seconds until then, the next time.
+    """
+
+    node: int
+    site: str = ""
+    out_until: int = 0
+    late: bool = False
+    due: float = 0.0
+    wait: float = AGAIN_SECONDS
+
+    def again_later(self, now: float) -> None:
+        self.due, self.wait = now + self.wait, min(2 * self.wait, MOST_AGAIN_SECONDS)
+
+    @property
+    def name(self) -> str:
+        return f"site {self.site}" if self.site else f"node {self.node}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a round went, apart from the replies.
+
+    Attributes:
+        refusals: of sites that said who they are.
+        bytes_down, bytes_up: of instructions and replies, without what the transport adds.
+    """
+
+    refusals: list[Refusal]
+    bytes_down: int
+    bytes_up: int
+
+
+class Cohort:
+    """The sites of one run."""
+
+    def __init__(
+        self, grid: Grid, federation: FederationConfig, observer: Observer, *, roster: Roster | None = None,
+        channel: AggregatorChannel | None = None, stopped: Callable[[], bool] = lambda: False,
+        tell: Callable[[str, str, int], None] = lambda site, state, server_round: None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            roster: between institutions; without one the grid's nodes are the sites, all of them.
+            channel: between institutions: instructions are signed, and only sealed answers count.
+            stopped: asked all the time while sites are waited for.
+            tell: called with a site, what it does or did, and the round.
+        """
+        self.grid, self.federation, self.observer = grid, federation, observer
+        self.roster, self.channel, self.stopped, self.tell = roster, channel, stopped, tell
+        self.fewest = federation.fewest_sites or federation.sites
+        self.members: dict[int, _Member] = {}
+        self._late: dict[int, tuple[str, int]] = {}  # node to message and round of an answer that would be too late
+        self._begun = False  # somebody has answered a round of this run
+        self._looked = 0.0
+
+    def wait(self) -> None:
+        """Until enough nodes are there, once; without a roster exactly `federation.sites` of them.
+
+        Raises:
+            FederationError: they are too many, or too few at the deadline.
+            RunStopped: see `stopped`.
+        """
+        until, told = time.monotonic() + self.federation.deadline_seconds, False
+        while True:
+            nodes = self._look(now=time.monotonic(), at_once=True)
+            if len(nodes) >= self.fewest if self.roster is not None else len(nodes) == self.federation.sites:
+                return
+            if self.roster is not None:
+                self._check_reachable(None)
+            elif len(nodes) > self.federation.sites or time.monotonic() > until:
+                raise FederationError(
+                    f"{len(nodes)} sites are there, federation.sites says {self.federation.sites}",
+                    hint="start as many sites as the settings say",
+                )
+            if not told and time.monotonic() > until - self.federation.deadline_seconds + PATIENCE_SECONDS:
+                wanted = self.fewest if self.roster is not None else self.federation.sites
+                self.observer.on_message(f"waiting for sites: {len(nodes)} of {wanted} are there")
+                told = True
+            self._pause(LOOK_SECONDS if self.roster is not None else POLL_SECONDS)
+
+    def ask(self, instruction: RoundInstruction, add: Callable[[SiteReply], None]) -> Asked:
+        """Asks every site, and hands each answer to `add` as it comes; replies to earlier rounds are ignored.
+
+        Args:
+            add: raises `ProtocolError` where the answer is none; that costs only the site.
+        Raises:
+            FederationError, ProtocolError: why too few sites can answer.
+            RunStopped: see `stopped`.
+        """
+        return _Round(self, instruction, add).run()
+
+    # ---- for `_Round`
+
+    def _look(self, *, now: float, at_once: bool = False) -> list[_Member]:
+        """Nodes that are there now."""
+        if self.roster is None:
+            for node in sorted(self.grid.get_node_ids()) if at_once else ():
+                self.members.setdefault(node, _Member(node))
+            return list(self.members.values())
+        if at_once or now - self._looked > LOOK_SECONDS:
+            self._looked, self._online = now, self.roster.online()
+            for node, site in self._online.items():
+                self.members.setdefault(node, _Member(node, site))
+        return [self.members[node] for node in sorted(self._online)]
+
+    def _check_reachable(self, failure: FedCanvasError | None, *, gone: int = 0) -> None:
+        """Raises `failure`, or another reason, where too few sites are left that could answer.
+
+        Args:
+            gone: sites that cannot answer this round any more.
+        """
+        left = (len(self.roster.sites()) if self.roster is not None else self.federation.sites) - gone
+        if left >= self.fewest:
+            return
+        if failure is not None:
+            raise failure
+        raise FederationError(
+            f"{left} sites can take part, and a round needs {self.fewest}",
+            hint="admit sites, or begin a run with another federation.fewest-sites",
+        )
+
+    def _pause(self, seconds: float) -> None:
+        if self.stopped():
+            raise RunStopped
+        time.sleep(seconds)
+
+    def read(self, message: Message, member: _Member, instruction: RoundInstruction) -> SiteReply | Refusal:
+        """Raises `FederationError` where the engine answers in its place, `ProtocolError` for what is no answer."""
+        place = f"round {instruction.server_round}: {member.name}"
+        if message.has_error():
+            reason = ENGINE_ERRORS.get(message.error.code, "the engine gives no reason")
+            raise FederationError(
+                f"{place} did not answer: {reason} (code {message.error.code})", hint="the site's own log says more"
+            )
+        try:
+            reply = decode_reply(message.content)
+            if self.channel is not None:
+                reply = opened(reply, self.channel, instruction)
+        except (ProtocolError, TrustError) as error:
+            raise ProtocolError(f"{place}: {error.message}", hint=error.hint) from None
+        if isinstance(reply, Refusal) and not reply.site_id:
+            return reply  # a site that could not even read its own settings
+        if member.site and member.site != reply.site_id:
+            raise ProtocolError(f"{place} answers as site {reply.site_id}")
+        if any(other.site == reply.site_id for other in self.members.values() if other is not member):
+            raise ProtocolError(f"{place}: two nodes answer as this site", hint="give every site its own site-id")
+        member.site = reply.site_id
+        return reply
+
+
+class _Round:
+    """One instruction, until enough have answered it."""
+
+    def __init__(self, cohort: Cohort, instruction: RoundInstruction, add: Callable[[SiteReply], None]) -> None:
+        self.cohort, self.instruction, self.add = cohort, instruction, add
+        self.number = instruction.server_round
+        self.content, self.kind = encode_instruction(instruction), MESSAGE_TYPES[instruction.kind]
+        if cohort.channel is not None:
+            signature = cohort.channel.sign(records_digest(self.content))
+            attach_signature(self.content, keys=cohort.channel.statement, signature=signature)
+        self.pending: dict[str, _Member] = {}  # by the message's id
+        self.answered: set[int] = set()
+        self.gone: set[int] = set()  # nodes that cannot answer this round any more
+        self.refusals: list[Refusal] = []
+        self.failure: FedCanvasError | None = None  # the last one
+        self.bytes_down = self.bytes_up = 0
+
+    def run(self) -> Asked:
+        cohort, deadline = self.cohort, self.cohort.federation.deadline_seconds
+        lasts = deadline if cohort._begun or cohort.roster is None else float("inf")
+        until = time.monotonic() + lasts
+        while not self._is_over():
+            now = time.monotonic()
+            if until == float("inf") and len(self.answered) >= cohort.fewest:
+                until = now + deadline  # enough are there: the others have as long as in any round
+            if now > until:
+                self._end_at_deadline()
+                break
+            self._push(now)
+            arrived = self._pull()
+            cohort._check_reachable(self.failure, gone=len(self.gone))
+            cohort._pause(0.0 if arrived else POLL_SECONDS)
+        cohort._begun = True
+        for member in self.pending.values():
+            member.late = True
+        cohort._late.update({member.node: (name, self.number) for name, member in self.pending.items()})
+        return Asked(self.refusals, self.bytes_down, self.bytes_up)
+
+    def _is_over(self) -> bool:
+        if len(self.answered) < self.cohort.fewest:
+            return False
+        if self.cohort.federation.cohort == "first":
+            return True
+        if not self.cohort._begun and self.cohort.roster is not None:
+            return len(self.answered) + len(self.gone) >= len(self.cohort.roster.sites())
+        return all(member.late for member in self.pending.values())
+
+    def _end_at_deadline(self) -> None:
+        silent = ", ".join(sorted(member.name for member in self.pending.values()))
+        what = f"round {self.number}: no reply from {silent or 'enough sites'} within"
+        what += f" {self.cohort.federation.deadline_seconds:g} s"
+        if len(self.answered) < self.cohort.fewest:
+            raise FederationError(what, hint="see the site's own log, then continue with --resume")
+        self.cohort.observer.on_message(f"{what}; the round goes on with {len(self.answered)} sites")
+        for member in self.pending.values():
+            self.cohort.tell(member.site, "late", self.number)
+
+    def _push(self, now: float) -> None:
+        asked = {member.node for member in self.pending.values()}
+        due = [
+            member for member in self.cohort._look(now=now)
+            if member.node not in asked | self.answered | self.gone and member.due <= now
+            and not self._is_out(member)
+        ]  # fmt: skip
+        if not due:
+            return
+        ttl = min(self.cohort.federation.deadline_seconds, MOST_SECONDS_ON_THE_WAY)
+        messages = [
+            Message(self.content, member.node, self.kind, group_id=str(self.number), ttl=ttl) for member in due
+        ]
+        names = list(self.cohort.grid.push_messages(messages))
+        if None in names or len(names) != len(messages):
+            raise FederationError(f"round {self.number}: the engine did not take the instructions")
+        # Pushing names the messages; errors that the engine makes itself carry no node id of the site.
+        self.pending.update(zip(names, due, strict=True))
+        self.bytes_down += len(due) * size_of(self.instruction)
+        for member in due:
+            self.cohort.tell(member.site, "asked", self.number)
+
+    def _is_out(self, member: _Member) -> bool:
+        if member.out_until <= self.number:
+            return False
+        self.gone.add(member.node)
+        return True
+
+    def _pull(self) -> bool:
+        """Whether anything came."""
+        cohort, arrived = self.cohort, False
+        late = {name: node for node, (name, _) in cohort._late.items()}
+        for message in cohort.grid.pull_messages({*self.pending, *late}):
+            name = message.metadata.reply_to_message_id
+            if (node := late.pop(name, None)) is not None:
+                _, of_round = cohort._late.pop(node)
+                cohort.observer.on_message(
+                    f"{cohort.members[node].name} answered round {of_round} too late: ignored"
+                )
+            elif name in self.pending:
+                self._take(message, self.pending.pop(name))
+                arrived = True
+        return arrived
+
+    def _take(self, message: Message, member: _Member) -> None:
+        member.late = False
+        try:
+            answer = self.cohort.read(message, member, self.instruction)
+            if isinstance(answer, SiteReply):
+                self.add(answer)
+                self.bytes_up += len(answer.envelope)
+                self.answered.add(member.node)
+                member.wait = AGAIN_SECONDS
+                self.cohort.tell(member.site, "answered", self.number)
+                return
+        except FederationError as error:
+            self._failed(member, error)
+            return
+        except ProtocolError as error:
+            # Every further question would cost the site's budget and might bring the same.
+            self._out(member, error, "sent what is no answer")
+            return
+        named = f"site {answer.site_id}" if answer.site_id else member.name
+        reason = f"round {self.number}: {named} refused with code '{answer.code}': {REFUSALS[answer.code]}"
+        failure = FederationError(reason, hint="the site's own log says more")
+        if answer.code is RefusalCode.APPROVAL and self.cohort.roster is not None:
+            self._failed(member, failure, "waits for approval")
+            return
+        self.refusals.append(answer)
+        self._out(member, failure, f"refused: {answer.code}")
+
+    def _failed(self, member: _Member, failure: FedCanvasError, state: str = "failed") -> None:
+        """May answer yet, where nodes come and go."""
+        if self.cohort.roster is not None:
+            self.failure = failure
+            self.cohort.tell(member.site, state, self.number)
+            member.again_later(time.monotonic())
+        else:
+            self._out(member, failure, state, until=self.number + 1)
+
+    def _out(self, member: _Member, failure: FedCanvasError, state: str, *, until: int | None = None) -> None:
+        """Is asked no more in this round, and not before round `until`."""
+        if until is None:
+            until = self.number + AGAIN_ROUNDS if self.cohort.roster is not None else NEVER
+        self.failure, member.out_until = failure, until
+        self.gone.add(member.node)
+        self.cohort.tell(member.site, state, self.number)
+        left = self.cohort.federation.sites - len(self.gone)
+        if left >= self.cohort.fewest:
+            self.cohort.observer.on_message(f"{failure.message}; the round goes on with {left} sites")
+
+
+def size_of(instruction: RoundInstruction) -> int:
+    """Bytes of what is large in an instruction."""
+    fakes = 0 if instruction.fakes is None else instruction.fakes.images.nbytes
+    return int(instruction.weights.nbytes) + fakes + sum(len(prompt.encode()) for prompt in instruction.prompts)
+
+
+def opened(
+    reply: SiteReply | Refusal, channel: AggregatorChannel, instruction: RoundInstruction
+) -> SiteReply | Refusal:
+    """What is inside a sealed answer to `instruction`; `TrustError` or `ProtocolError` where it is none.
+
+    A site that could not read the instruction refuses what came, as it came, and can say nothing else there.
+    """
+    if isinstance(reply, Refusal):
+        raise ProtocolError("a refusal came in clear, between institutions it is sealed")
+    if (reply.run_id, reply.server_round) == (NOT_TOLD, 0):
+        digest = records_digest(encode_instruction(instruction)).hex()
+        context = Context(channel.federation, "", reply.site_id, 0, instruction_digest=digest)
+    else:
+        context = Context(
+            channel.federation, instruction.run_id, reply.site_id, instruction.server_round,
+            instruction.config_digest, instruction.digest,
+        )  # fmt: skip
+    found = channel.open(reply.envelope, context=context)
+    if found.kind == "refusal":
+        code = found.content.decode("ascii", "replace")
+        if code not in set(RefusalCode):
+            raise ProtocolError("the refusal has an unknown code")
+        return Refusal(reply.site_id, RefusalCode(code))
+    if not context.run:
+        raise ProtocolError("a reply answers no instruction")
+    return replace(reply, envelope=found.content)
