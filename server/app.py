@@ -76,12 +76,14 @@ def serve(cohort: Cohort, rundir: RunDirectory, observer: Observer) -> Outcome:
         cohort, config=config, plan=plan, training=training, rundir=rundir, prompts=prompts, observer=observer,
         evaluate=evaluate,
     )  # fmt: skip
+    # A deployed site may have been asked twice without the server's knowing: its ledger stops it at what it reserved.
+    steps = plan.reserved_steps if rundir.entropy == "system" else outcome.steps_charged
     card = {
         "encoder_fingerprint": encoder.fingerprint,
         "weights_digest": outcome.digest,
         "entropy": rundir.entropy,
         "plan": plan.to_dict(),
-        "spent": plan.spent(outcome.steps_charged, warm_start=config.warm_start.enabled).to_dict(),
+        "spent": plan.spent(steps, warm_start=config.warm_start.enabled).to_dict(),
     }
     rundir.save_model(
         generator=training.ema_generator.state_dict(), discriminator=training.discriminator.state_dict(), card=card

@@ -40,23 +40,29 @@ fab-include = ["{LICENCE}"]
 [tool.flwr.app.components]
 serverapp = "server.app:app"
 clientapp = "client.app:app"
-
-[tool.flwr.app.config]
-federation = ""
-run = ""
 """
     return {"pyproject.toml": project.encode(), LICENCE: b"As of the installed release.\n"}
 
 
 @cache
+def bundle_content() -> bytes:
+    """This release's own bundle."""
+    return _built(bundle_files())
+
+
+@cache
 def bundle_digest() -> str:
     """Of this release's own bundle."""
-    return digest_of_bundle(bundle_files())
+    return hashlib.sha256(bundle_content()).hexdigest()
 
 
 def digest_of_bundle(files: Mapping[str, bytes]) -> str:
     """SHA-256 of the bundle that Flower makes of these files, 64 hex digits."""
+    return hashlib.sha256(_built(files)).hexdigest()
+
+
+def _built(files: Mapping[str, bytes]) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Flower 1.41 calls a style of patterns by its old name
         content, _ = build_fab_from_files(files)
-    return hashlib.sha256(content).hexdigest()
+    return content

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import secrets
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import httpx
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -26,7 +28,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from shared.disk import write_whole
@@ -97,16 +99,21 @@ class Runtime:
             "--ssl-certfile", str(folder / CERTIFICATE), "--ssl-keyfile", str(folder / CERTIFICATE_KEY),
         ]  # fmt: skip
 
-    def client(self, interceptors: list[ProtobufClientInterceptor]) -> RuntimeHttpClient:
+    def client(
+        self, interceptors: list[ProtobufClientInterceptor], *, retry: RetryInvoker | None = None
+    ) -> RuntimeHttpClient:
         """To be closed by the caller."""
         return RuntimeHttpClient.from_server_address(
             server_address=self.address, insecure=False, root_certificates=self.authority, interceptors=interceptors,
-            retry_invoker=make_simple_http_retry_invoker(),
+            retry_invoker=retry,
         )  # fmt: skip
 
     def client_of_task(self, token: str, *, program: str) -> RuntimeHttpClient:
         """For one piece of work; `program` is the one of Flower's that would do it."""
-        return self.client([RuntimeVersionHttpInterceptor(component_name=program), RuntimeTokenHttpInterceptor(token)])
+        return self.client(
+            [RuntimeVersionHttpInterceptor(component_name=program), RuntimeTokenHttpInterceptor(token)],
+            retry=make_simple_http_retry_invoker(),
+        )
 
 
 class WorkSource:
@@ -124,7 +131,13 @@ class WorkSource:
         self._client.close()
 
     def take(self) -> str | None:
-        """The token of a piece of work, or `None` when there is none now."""
+        """The token of a piece of work, or `None` when there is none now, or nobody there to hand it out."""
+        # Flower would wait longer and longer for a process that starts at the same time as this one.
+        with suppress(httpx.TransportError):
+            return self._take()
+        return None
+
+    def _take(self) -> str | None:
         found: AcquireTaskResponse = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._kind]))
         return found.token if found.HasField("task") and found.token else None
 

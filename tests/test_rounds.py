@@ -193,7 +193,8 @@ def rounds_with(tmp_path: Path, config: RunConfig, grid: LocalGrid, **settings: 
     with make_run(tmp_path / "run", config) as rundir, grid:
         return run_rounds(
             Cohort(grid, config.federation, SilentObserver()), config=config, plan=plan,
-            training=ServerTraining(config, plan, PROMPTS, encoder), rundir=rundir, prompts=PROMPTS, observer=SilentObserver(), **settings,
+            training=ServerTraining(config, plan, PROMPTS, encoder), rundir=rundir, prompts=PROMPTS,
+            observer=SilentObserver(), **settings,
         )  # fmt: skip
 
 

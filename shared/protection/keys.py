@@ -176,6 +176,12 @@ def read_node_key(path: Path) -> str:
     return public.decode()
 
 
+def node_key_pem(line: str) -> bytes:
+    """The public key of `read_node_key` as Flower's SuperLink keeps it: PEM."""
+    public = serialization.load_ssh_public_key(line.encode())
+    return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def fingerprint(content: bytes) -> str:
     """Six groups of four letters and digits, such as `k3xa 7mqe 2zpd w4hu tn6c yb5s`: 120 bits of SHA-256.
 

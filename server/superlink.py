@@ -1,0 +1,145 @@
+"""What the server asks of Flower's SuperLink, over this machine's loopback: nodes, runs, and the Grid of a run.
+
+The Control API knows no authentication, so the SuperLink listens on loopback and the proxy in front of it lets nothing
+but sites' paths through (`server.deployment`). A Flower run lives as long as the process that serves it; ours, which
+is on disk, goes on under another one (`server.worker`).
+
+Uses parts of Flower 1.41 that are not public.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Self
+
+import httpx
+from flwr.common.constant import HEARTBEAT_PATIENCE, SubStatus
+from flwr.common.serde import context_from_proto, context_to_proto, fab_to_proto, run_from_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.runtime_pb2 import PullTaskInputRequest, PullTaskInputResponse, PushTaskOutputRequest
+from flwr.serverapp import Grid
+from flwr.supercore.constant import NodeStatus, TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from shared.app_bundle import bundle_content, bundle_digest
+from shared.errors import FederationError
+from shared.flower_runtime import Runtime, WorkSource
+
+TAKE_SECONDS = 60.0  # a run that was started is handed out at once
+POLL_SECONDS = 0.2
+UNREACHABLE = (httpx.HTTPError, ConnectionError)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A site's SuperNode, as the SuperLink knows it.
+
+    Attributes:
+        key: PEM of its public key.
+        seen: seconds since 1970 of its last sign of life; 0 for none.
+    """
+
+    id: int
+    key: bytes
+    online: bool
+    seen: float
+
+
+class SuperLink:
+    """Use it as a context manager, in one thread."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._control = ControlHttpClient.from_server_address(
+            server_address=runtime.address, insecure=False, root_certificates=runtime.authority,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+
+    def nodes(self) -> list[Node]:
+        found = self._control.ListNodes(ListNodesRequest())
+        return [
+            Node(
+                node.node_id, node.public_key, node.status == NodeStatus.ONLINE,
+                max(0.0, node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval),
+            )
+            for node in found.nodes_info if node.status != NodeStatus.UNREGISTERED
+        ]  # fmt: skip
+
+    def register(self, key: bytes, *, name: str) -> None:
+        self._control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+
+    def unregister(self, node: int) -> None:
+        self._control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+    def stop_runs(self) -> None:
+        """Flower runs whose process is gone: nothing of them is handed out any more."""
+        for run, about in self._control.ListRuns(ListRunsRequest()).run_dict.items():
+            if about.status.status != "finished":
+                with suppress(httpx.HTTPStatusError):  # it ended by itself in between
+                    self._control.StopRun(StopRunRequest(run_id=run))
+
+    @contextmanager
+    def run(self) -> Iterator[Grid]:
+        """The Grid of a new Flower run, which ends with the block.
+
+        Raises:
+            FederationError: the SuperLink does not hand the run out.
+        """
+        fab = Fab(bundle_digest(), bundle_content(), {})
+        started = self._control.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
+        grid = HttpGrid(self.runtime.address, root_certificates=self.runtime.authority, token=self._take())
+        client = grid._runtime_client
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        status = SubStatus.FAILED
+        try:
+            heartbeat.start()
+            given: PullTaskInputResponse = client.PullTaskInput(PullTaskInputRequest())
+            if given.run.run_id != started.run_id:
+                raise FederationError("the SuperLink handed out another run than the one that was started")
+            TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+            TaskIdentity.node_id = given.context.node_id
+            grid.set_run(run_from_proto(given.run))
+            yield grid
+            status = SubStatus.COMPLETED
+        finally:
+            grid._retry_invoker.max_tries = 1
+            with suppress(*UNREACHABLE, RuntimeError):
+                context = context_from_proto(given.context)
+                client.PushTaskOutput(
+                    PushTaskOutputRequest(context=context_to_proto(context), sub_status=status, details="")
+                )
+            if heartbeat.is_running:
+                heartbeat.stop()
+            grid.close()
+            with suppress(*UNREACHABLE):
+                self._control.StopRun(StopRunRequest(run_id=started.run_id))
+
+    def _take(self) -> str:
+        until = time.monotonic() + TAKE_SECONDS
+        with WorkSource(self.runtime, TaskType.SERVER_APP) as source:
+            while time.monotonic() < until:
+                if (token := source.take()) is not None:
+                    return token
+                time.sleep(POLL_SECONDS)
+        raise FederationError("the SuperLink does not hand out the run", hint="its log is in logs/superlink.log")

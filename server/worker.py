@@ -1,0 +1,125 @@
+"""The server's process that does the federation's runs, one after another: `python -m server.worker FOLDER`.
+
+It holds the aggregator's keys, so it is the only one that can open what sites send; the SuperLink relays what it cannot
+read. A run is a folder on disk (`server.run_queue`), and a Flower run is only the way to the sites for as long as this
+process lives: when it, or the SuperLink, was killed, the run goes on from its last checkpoint under a new Flower run.
+
+Runs nothing of a bundle: the ServerApp is the installed `server.app`.
+Not here: asking the SuperLink (`server.superlink`), and keeping this process up (`shared.supervisor`).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from flwr.supercore.run import RunNotRunningException
+
+from server.app import serve
+from server.cohort import Cohort, RunStopped
+from server.federation import FederationFolder
+from server.result import finish
+from server.roster import LiveRoster, RunRoster
+from server.run_queue import COHORT, QueuedRun, RunQueue
+from server.superlink import SuperLink
+from shared.errors import FedCanvasError
+from shared.flower_runtime import Runtime
+from shared.rundir import RunDirectory
+
+IDLE_SECONDS = 0.5
+ENGINE_SECONDS = 5.0  # before a run goes on after the SuperLink was lost
+MOST_ENGINE_FAILURES = 20  # in a row, without a round between them
+
+
+class _Log:
+    """An observer that writes lines to the log."""
+
+    def __init__(self, name: str, rounds: int) -> None:
+        self.name, self.rounds, self.done = name, rounds, 0
+        self._since = time.monotonic()
+
+    def on_warm_start(self, step: int, steps: int) -> None:
+        pass
+
+    def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        self.on_message(f"round {server_round} of {self.rounds} in {now - self._since:.1f} s")
+        self._since, self.done = now, self.done + 1
+
+    def on_sample(self, server_round: int, path: Path) -> None:
+        pass
+
+    def on_message(self, text: str) -> None:
+        print(f"{self.name}: {text}", flush=True)
+
+
+def work(folder: Path, *, ending: threading.Event) -> None:
+    """Until `ending` is set; a run that is not over then goes on when this is called again."""
+    federation, runtime, queue = FederationFolder.open(folder), Runtime.read(folder), RunQueue(folder)
+    with LiveRoster(federation, runtime) as live, SuperLink(runtime) as superlink:
+        failures = 0
+        while not ending.is_set():
+            if live.trouble or (queued := queue.next()) is None:
+                ending.wait(IDLE_SECONDS)
+                continue
+            log = _Log(queued.name, 0)
+            try:
+                superlink.stop_runs()  # of a process that was killed
+                _do(queued, log, federation=federation, live=live, superlink=superlink, queue=queue, ending=ending)
+                failures = 0
+            except (Exception, RunNotRunningException) as error:  # the SuperLink was killed, or ended our Flower run
+                failures = 0 if log.done else failures + 1
+                traceback.print_exc()
+                if failures > MOST_ENGINE_FAILURES:
+                    queue.note(queued.name, "failed", f"the SuperLink fails: {type(error).__name__}; see logs/")
+                    failures = 0
+                ending.wait(ENGINE_SECONDS)
+
+
+def _do(
+    queued: QueuedRun, log: _Log, *, federation: FederationFolder, live: LiveRoster, superlink: SuperLink,
+    queue: RunQueue, ending: threading.Event,
+) -> None:  # fmt: skip
+    """One run, to its end, its failure, or until somebody stops it."""
+    name = queued.name
+    try:
+        with RunDirectory.resume(queued.path) as rundir:
+            log.rounds = rundir.config.federation.rounds
+            if not rundir.finished:
+                queue.note(name, "running")
+                with superlink.run() as grid:
+                    cohort = Cohort(
+                        grid, rundir.config.federation, log,
+                        roster=RunRoster(live, rundir.read_json(COHORT)["sites"]), channel=federation.channel(),
+                        stopped=lambda: ending.is_set() or queue.is_cancelled(name), tell=partial(live.tell, run=name),
+                    )  # fmt: skip
+                    serve(cohort, rundir, log)
+                finish(rundir)
+            queue.note(name, "finished")
+            log.on_message(f"finished: {queued.path / 'model'}")
+    except RunStopped:
+        if queue.is_cancelled(name):
+            queue.note(name, "cancelled")
+            log.on_message("cancelled")
+    except FedCanvasError as error:
+        queue.note(name, "failed", f"{error.message} ({error.hint})" if error.hint else error.message)
+        log.on_message(f"failed: {error.message}")
+
+
+def main() -> None:
+    """Until SIGTERM. Flower sends its own process SIGINT where the SuperLink takes a token back: also an end, from
+    which the supervisor brings it back."""
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    work(Path(sys.argv[1]), ending=ending)
+
+
+if __name__ == "__main__":
+    main()
