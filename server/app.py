@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -52,6 +53,14 @@ class ReferencePlace:
     path: str
     split: Split
     cache_dir: str
+
+
+def reference_document(reference: Path, run: Path) -> dict[str, Any]:
+    """`REFERENCE` of a new run in `run`; `DataError` where there is nothing."""
+    if not reference.exists():
+        raise DataError(f"there is no reference set at {reference}", hint="check the path")
+    place = ReferencePlace(str(reference.resolve()), unseen_split(reference), str(reference_cache(run)))
+    return asdict(place)
 
 
 def serve(cohort: Cohort, rundir: RunDirectory, observer: Observer) -> Outcome:
@@ -136,8 +145,7 @@ def open_run(run_config: Mapping[str, Scalar]) -> RunDirectory:
         return RunDirectory.resume(path, config=config, prompts=prompts.texts)
     documents = {}
     if reference := places["simulation.reference"]:
-        cache = str(reference_cache(path))
-        documents[REFERENCE] = asdict(ReferencePlace(reference, unseen_split(Path(reference)), cache))
+        documents[REFERENCE] = reference_document(Path(reference), path)
     return RunDirectory.create(path, config=config, prompts=prompts.texts, entropy="seeded", documents=documents)
 
 

@@ -1,9 +1,9 @@
 """`fedcanvas server`: what the operator of a federation does, in a folder of the operator's own.
 
     init, kit, admit, revoke, rotate   who belongs to the federation, and with which keys
-    status                             the roster, and what is due
 
-Nothing here opens a connection. Not here: the folder itself (`server.federation`).
+Nothing here opens a connection. Not here: the folder itself (`server.federation`), and the commands of a federation at
+work (`server.deployment_cli`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import group_command, new_group, printable, say, warn
+from shared.cli import group_command, new_group, printable, say
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -139,28 +139,6 @@ def rotate(folder: Folder, passphrase_file: PassphraseFile = None, as_json: AsJs
         json.dumps({"serial": keys.serial, "not_after": until}) if as_json
         else f"the aggregator's keys {keys.serial} are in force until {keys.not_after:%Y-%m-%d}"
     )  # fmt: skip
-
-
-@group_command(server, "status", "the roster, and what is due")
-def status(folder: Folder, as_json: AsJson = False) -> None:
-    """Show who belongs to the federation in DIR, which keys are in force, and what ends soon."""
-    opened = _open(folder)
-    known, keys, roster, warnings = opened.federation, opened.keys, opened.roster(), opened.warnings()
-    if as_json:
-        typer.echo(json.dumps({
-            "name": known.name, "address": known.address, "fingerprint": known.fingerprint,
-            "keys": {"serial": keys.serial, "not_after": keys.not_after.isoformat()},
-            "sites": [{"site": site.site, "fingerprint": site.fingerprint} for site in roster], "warnings": warnings,
-        }))  # fmt: skip
-        return
-    lines = [
-        f"federation {known.name} at {known.address}", f"  fingerprint  {known.fingerprint}",
-        f"  keys         {keys.serial}, in force until {keys.not_after:%Y-%m-%d}",
-        *(f"  site         {site.site:<20} {site.fingerprint}" for site in roster),
-    ]  # fmt: skip
-    typer.echo("\n".join(lines if roster else [*lines, "  no site is admitted yet"]))
-    for words in warnings:
-        warn(words)
 
 
 def _open(folder: Path) -> FederationFolder:

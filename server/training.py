@@ -20,6 +20,7 @@ from torch import Tensor
 from server.moment_matching import MomentMatching
 from shared.adversarial import UPDATE_LATTICE, build_loss, fakes_gradient, real_record_loss, take_step, to_bytes
 from shared.config import RunConfig
+from shared.errors import ConfigError
 from shared.fakes import FakeBank
 from shared.models import (
     build_discriminator,
@@ -34,7 +35,7 @@ from shared.moments import MomentFit, moment_features, moment_size
 from shared.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from shared.privacy.plan import PrivacyPlan
 from shared.prompts import PromptPool
-from shared.text import CaptionEncoder
+from shared.text import CaptionEncoder, build_encoder
 
 # Generator steps a round, from "the discriminator needs many rounds" up; whole numbers follow.
 SLOW_RUNGS = (1 / 200, 1 / 100, 1 / 50, 1 / 20, 1 / 10, 1 / 5, 1 / 2)
@@ -374,3 +375,17 @@ def _variety(first: Tensor, second: Tensor, latents: Tensor, other_latents: Tens
     """
     apart = (first - second).abs().flatten(1).mean(dim=1)
     return (apart / (latents - other_latents).abs().mean(dim=1)).clamp(max=cap).mean()
+
+
+def check_buildable(config: RunConfig) -> None:
+    """Everything that settings name exists and fits together: better said now than in the first round.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.compute.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for and there is none here", hint="--device cpu")
+    encoder = build_encoder(config.text)
+    build_loss(config.discriminator)
+    build_optimizer(build_discriminator(config, embedding_dim=encoder.dim), config.discriminator_optimizer)
+    build_optimizer(build_generator(config, embedding_dim=encoder.dim), config.generator_optimizer)

@@ -44,7 +44,7 @@ COMMANDS = {
     "evaluate": LazyCommand("server.evaluate_cli:evaluate", "figures of a finished run, against public pictures"),
     "compare": LazyCommand("server.evaluate_cli:compare", "evaluated runs side by side: which differences are real"),
     "report": LazyCommand("server.cli:report", "one HTML file about a run: curves, samples, epsilon"),
-    "server": LazyCommand("server.federation_cli:server", "an operator's part: keys, kits, the roster of sites"),
+    "server": LazyCommand("server.deployment_cli:server", "an operator's part: sites, keys, serving, runs"),
     "client": LazyCommand("client.cli:client", "a site's own say: data, policy, runs, ledger, receipts"),
 }
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from shared.cli import Interrupted, new_app, say, warn
-from shared.errors import ConfigError, DataError, FedCanvasError, RunDirectoryError, UsageError
+from shared.errors import DataError, FedCanvasError, RunDirectoryError, UsageError
 
 if TYPE_CHECKING:
     from shared.config import RunConfig, Scalar
@@ -178,6 +178,7 @@ def _new_run(
 ) -> tuple[RunDirectory, Job]:
     from client.enrolment import remove_simulated_site
     from server.app import REFERENCE, ReferencePlace
+    from server.training import check_buildable
     from shared.config import RunConfig
     from shared.data import unseen_split
     from shared.disk import write_whole
@@ -208,7 +209,7 @@ def _new_run(
     # What can be checked without data is, before data are made or decoded.
     stand_ins: dict[str, Scalar] = {"privacy.sampling-rate": 0.5, "federation.published-records": 10**6}
     checked = RunConfig.from_flat({**stand_ins, **flat}, origin="settings")
-    _check_buildable(checked)
+    check_buildable(checked)
     pool = _public_prompts(prompts, scenario, paths)
     if not paths:
         assert scenario is not None
@@ -260,23 +261,6 @@ def _same_job(out: Path, stored: Job, asked: Mapping[str, Any]) -> Job:
                 hint=f"leave it out to continue the run as it is, or name a new --out: {_resume_command(out)}",
             )
     return stored
-
-
-def _check_buildable(config: RunConfig) -> None:
-    """Everything that settings name exists and fits together: better said now than in the first round."""
-    import torch
-
-    from shared.adversarial import build_loss
-    from shared.models import build_discriminator, build_generator
-    from shared.optimizers import build_optimizer
-    from shared.text import build_encoder
-
-    if config.compute.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for and there is none here", hint="--device cpu")
-    encoder = build_encoder(config.text)
-    build_loss(config.discriminator)
-    build_optimizer(build_discriminator(config, embedding_dim=encoder.dim), config.discriminator_optimizer)
-    build_optimizer(build_generator(config, embedding_dim=encoder.dim), config.generator_optimizer)
 
 
 def _public_prompts(prompts: Path | None, scenario: Scenario | None, data: Sequence[Path]) -> PromptPool | None:

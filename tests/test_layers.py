@@ -35,14 +35,14 @@ LEVELS = {
         "client.cli", "client.deployment", "client.worker", "client.receipts", "client.spending", "client.app",
         "client.ownership", "client.query", "client.enrolment", "client.site", "client.gate",
     ],
-    "server": ["server.cli", "server.app", "server.rounds"],
+    "server": ["server.cli", "server.worker", "server.app", "server.rounds", "server.cohort"],
 }
 
 # A library that is slow to load, or that has to be trusted, is met in one place.
 PLACES = {
     "flwr": {
-        "client.app", "client.worker", "server.app", "server.cohort", "server.worker", "shared.app_bundle",
-        "shared.flower_runtime", "shared.records", "simulations.engines",
+        "client.app", "client.worker", "server.app", "server.cohort", "server.superlink", "server.worker",
+        "shared.app_bundle", "shared.flower_runtime", "shared.records", "simulations.engines",
     },
     "ray": {"simulations.engines"},
     "opacus": {"shared.privacy"},

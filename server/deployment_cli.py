@@ -1,0 +1,290 @@
+"""`fedcanvas server start`, `stop`, `status`, `run`, `runs`, `cancel`, `resume`: a federation at work.
+
+The commands stand in the group of `server.federation_cli`. Not here: what they do (`server.deployment`,
+`server.run_queue`, `server.status`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from server.federation_cli import AsJson, Folder, server
+from shared.cli import group_command, printable, say, warn
+from shared.errors import FederationError, UsageError
+
+if TYPE_CHECKING:
+    from server.federation import FederationFolder
+    from server.run_queue import QueuedRun
+    from shared.config import RunConfig
+
+START_SECONDS = 60.0
+FOLLOW_SECONDS = 1.0
+Name = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
+
+
+@group_command(server, "start", "begin to serve the sites")
+def start(
+    folder: Folder,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, until SIGTERM or Ctrl-C: for systemd and containers.")
+    ] = False,
+    listen: Annotated[
+        str,
+        typer.Option(metavar="[HOST]:PORT", help="Where the proxy listens.  [default: the address's port, everywhere]"),
+    ] = "",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="In the foreground: lines go to the logs in DIR/logs only.")
+    ] = False,
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="Of a line of the logs.")] = "text",
+) -> None:
+    """Keep the three processes of DIR running: Flower's SuperLink, the proxy in front of it, and the worker.
+
+    Sites reach the proxy alone. Runs that were not over go on from their last checkpoint.
+    """
+    from server.deployment import is_reachable, programs
+    from server.federation import split_address
+    from server.status import server_status
+    from shared.supervisor import detach, is_held, supervise, until_told
+
+    opened = _open(folder)
+    opened.channel()  # keys that have ended, or that others can read, are said before anything starts
+    for words in opened.warnings():
+        warn(words)
+    if is_held(folder):
+        raise FederationError(f"{folder} is started already", hint="stop it first, or ask for its status")
+    port = split_address(listen if not listen.startswith(":") else f"localhost{listen}")[1] if listen else (
+        split_address(opened.federation.address)[1]
+    )  # fmt: skip
+    if is_reachable(f"localhost:{port}"):
+        raise UsageError(f"port {port} is taken on this machine", hint="stop what listens there, or name another port")
+    planned = programs(folder, listen=listen)
+    if foreground:
+        until_told(lambda told: supervise(folder, planned, stopped=told, form=log_format, aloud=not quiet))
+        return
+    say("starting")
+    options = ["--foreground", "--quiet", "--log-format", log_format, *(["--listen", listen] if listen else [])]
+    command = [sys.executable, "-m", "shared.cli", "server", "start", str(folder.resolve()), *options]
+    ready = detach(command, folder).wait_until(
+        lambda: bool(server_status(folder)["ready"]) and is_reachable(f"localhost:{port}"), seconds=START_SECONDS
+    )
+    if not ready:
+        raise FederationError(
+            f"{folder} does not come up: {server_status(folder)['trouble'] or 'no word of it'}",
+            hint=f"see {folder / 'logs'}; it is still tried: `fedcanvas server stop` ends that",
+        )
+    typer.echo(f"{folder} is started: sites find it at {opened.federation.address}; its logs are in {folder / 'logs'}")
+
+
+@group_command(server, "stop", "end the server's processes")
+def stop(folder: Folder) -> None:
+    """End the processes of DIR. A run that is not over goes on after the next start.
+
+    Where systemd keeps the server, stop its unit instead: systemd would start it again.
+    """
+    from shared.supervisor import stop as stop_supervisor
+
+    _open(folder)
+    say("stopping")
+    typer.echo(f"{folder} is stopped" if stop_supervisor(folder) else f"{folder} was not started")
+
+
+@group_command(server, "status", "processes, sites, runs, and what is due")
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """Show how the server in DIR does, what is seen of each site, how far its runs are, and what ends soon."""
+    from server.status import server_status
+
+    about = server_status(folder)
+    typer.echo(json.dumps(about) if as_json else "\n".join(_status_lines(folder, about)))
+    if not as_json:
+        for words in about["warnings"]:
+            warn(words)
+
+
+@group_command(server, "run", "train a model with the sites of the federation")
+def run(
+    folder: Folder,
+    settings: Annotated[Path, typer.Argument(metavar="SETTINGS", hidden=True)],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Public prompts, one a line.  [default: prompts.txt beside SETTINGS]")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the run in this folder.  [default: the name of SETTINGS]")
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option(help="A site that may take part; several times.  [default: all admitted ones]")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Public captioned images, for figures during training.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay until the run is over, and say how it goes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the sites to train together, by the settings in SETTINGS, a TOML file; returns at once.
+
+    Each site holds the run against its own policy, and a person there approves it; rounds begin when enough have.
+    The run is done by the server that `fedcanvas server start` keeps running, now or when it is started.
+    """
+    from server.app import REFERENCE, reference_document
+    from server.run_queue import RunQueue
+    from server.training import check_buildable
+    from shared.privacy.plan import make_plan
+    from shared.prompts import PromptPool
+
+    opened = _open(folder)
+    sites = _chosen(opened, site)
+    config = _settings(opened, settings, len(sites))
+    pool = PromptPool.from_file(prompts or settings.with_name("prompts.txt"))
+    check_buildable(config)
+    plan = make_plan(config)
+    queue = RunQueue(folder)
+    name = name or settings.stem
+    documents = {} if reference is None else {REFERENCE: reference_document(reference, folder / "runs" / name)}
+    queued = queue.add(name, config=config, prompts=pool.texts, sites=sites, documents=documents)
+    from server.status import run_status
+
+    about = run_status(queued)
+    if follow:
+        about = _follow(queue, name)
+    if as_json:
+        typer.echo(json.dumps(about))
+        return
+    cost = f"epsilon {config.privacy.target_epsilon:g} at delta {plan.delta:.0e}" if plan.private else "no privacy"
+    typer.echo("\n".join([
+        f"run {name} ({about['run_id']}) is {about['state']}: {config.federation.rounds} rounds of"
+        f" {config.federation.local_steps} step(s) with {', '.join(sites)}; {cost} for one {plan.unit} of a site",
+        f"  at each site  fedcanvas client approve SITE_DIR {about['run_id']}",
+        f"  here          fedcanvas server status {shlex.quote(str(folder))}",
+        f"  the model     {queued.path / 'model'}, when it is finished",
+    ]))  # fmt: skip
+    if config.federation.local_steps == 1:
+        say("note: an exchange takes some seconds whatever it holds; federation.local-steps makes fewer of them")
+
+
+@group_command(server, "runs", "all runs, and how far they are")
+def runs(folder: Folder, as_json: AsJson = False) -> None:
+    """List the runs of the federation in DIR, in the order in which they were asked for."""
+    from server.run_queue import RunQueue
+    from server.status import run_status
+
+    _open(folder)
+    found = [run_status(queued) for queued in RunQueue(folder).all()]
+    typer.echo(json.dumps(found) if as_json else "\n".join(map(_run_line, found)) or "there is no run yet")
+
+
+@group_command(server, "cancel", "end a run before its time")
+def cancel(folder: Folder, name: Name) -> None:
+    """End RUN. What its sites have spent stays spent; `resume` goes on with it."""
+    from server.run_queue import RunQueue
+
+    _open(folder)
+    RunQueue(folder).cancel(name)
+    typer.echo(f"run {name} is being cancelled")
+
+
+@group_command(server, "resume", "go on with a failed or cancelled run")
+def resume(folder: Folder, name: Name) -> None:
+    """Go on with RUN from its last checkpoint; sites keep their approval and their ledger."""
+    from server.run_queue import RunQueue
+
+    _open(folder)
+    queued = RunQueue(folder).resume(name)
+    typer.echo(f"run {name} is {queued.state}: it goes on while the server is started")
+
+
+def _open(folder: Path) -> FederationFolder:
+    from server.federation import FederationFolder
+
+    return FederationFolder.open(folder)
+
+
+def _chosen(opened: FederationFolder, wanted: list[str] | None) -> list[str]:
+    admitted = [site.site for site in opened.roster()]
+    if not admitted:
+        raise UsageError("no site is admitted yet", hint="`fedcanvas server kit` begins that")
+    if unknown := [name for name in wanted or [] if name not in admitted]:
+        raise UsageError(f"there is no site '{printable(unknown[0])}'", hint=f"admitted are: {', '.join(admitted)}")
+    return sorted(set(wanted or admitted))
+
+
+def _settings(opened: FederationFolder, path: Path, sites: int) -> RunConfig:
+    from shared.config import RunConfig, flatten_table, read_toml
+
+    flat = flatten_table(read_toml(path))
+    for key, value in (("federation.name", opened.federation.name), ("federation.sites", sites)):
+        if flat.setdefault(key, value) != value:
+            raise UsageError(f"{path}: {key} is {flat[key]!r}, here it is {value!r}", hint="leave it out")
+    return RunConfig.from_flat(flat, origin=str(path))
+
+
+def _follow(queue: Any, name: str) -> dict[str, Any]:
+    from server.run_queue import OVER
+    from server.status import run_status
+
+    told = ""
+    while True:
+        queued: QueuedRun = queue[name]
+        about = run_status(queued)
+        if (line := _run_line(about)) != told:
+            say(line)
+            told = line
+        if queued.state == "failed":
+            raise FederationError(f"run {name} failed: {queued.reason}", hint=f"fedcanvas server resume ... {name}")
+        if queued.state in OVER:
+            return about
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _status_lines(folder: Path, about: dict[str, Any]) -> list[str]:
+    lines = [
+        f"federation {about['name']} at {about['address']}", f"  fingerprint  {about['fingerprint']}",
+        f"  keys         {about['keys']['serial']}, in force until {about['keys']['not_after'][:10]}",
+    ]  # fmt: skip
+    if not about["started"]:
+        lines.append(f"  not started: `fedcanvas server start {shlex.quote(str(folder))}`")
+    for name, program in about["programs"].items():
+        again = f"; started again {program['starts'] - 1} times, it ended last {program['ended']}"
+        up = f"up, process {program['pid']}" if program["pid"] else "down, to be started again"
+        lines.append(f"  {name:<11}  {up}{again if program['ended'] else ''}")
+    if about["trouble"]:
+        lines.append(f"  trouble      {printable(about['trouble'])}")
+    for site in about["sites"]:
+        lines.append(f"  site         {site['site']:<20} {_site_words(about, site)}")
+        lines.append(f"               {'':<20} {site['fingerprint']}")
+    if not about["sites"]:
+        lines.append("  no site is admitted yet")
+    return [*lines, *(f"  run          {_run_line(one)}" for one in about["runs"])]
+
+
+def _site_words(about: dict[str, Any], site: dict[str, Any]) -> str:
+    if not about["started"]:
+        return "admitted"
+    if not site["registered"]:
+        return "admitted, not registered yet"
+    seen = f"last seen {site['last_seen']}" if site["last_seen"] else "never seen"
+    words = f"online, {seen}" if site["online"] else f"offline, {seen}"
+    if site["state"]:
+        words += f"; run {site['run']} round {site['round']}: {site['state']}"
+        if site["answered"] >= 0 and site["state"] != "answered":
+            words += f", answered last in round {site['answered']}"
+    return words
+
+
+def _run_line(run: dict[str, Any]) -> str:
+    words = f"{run['run']:<20} {run['state']}, round {run['rounds_done']} of {run['rounds']}"
+    if run["seconds_a_round"]:
+        words += f", {run['seconds_a_round']:.1f} s a round, {_size(run['bytes_down_a_round'])} down"
+        words += f" and {_size(run['bytes_up_a_round'])} up"
+    if run["state"] == "finished":
+        words += f"; model in {run['folder']}/model"
+    return f"{words}; {printable(run['reason'])}" if run["reason"] else words
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count / 1e3:.1f} kB"
