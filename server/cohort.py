@@ -94,7 +94,7 @@ class _Member:
         out_until: the round in which it is asked again after it refused.
         late: it was silent past the deadline of the last round.
         due: when it may be asked the same once more, on the clock of `time.monotonic`.
-        wait: seconds until then, the next time.
+        wait: seconds that it was not asked the last time; 0 while it answers.
     """
 
     node: int
@@ -102,10 +102,11 @@ class _Member:
     out_until: int = 0
     late: bool = False
     due: float = 0.0
-    wait: float = AGAIN_SECONDS
+    wait: float = 0.0
 
     def again_later(self, now: float) -> None:
-        self.due, self.wait = now + self.wait, min(2 * self.wait, MOST_AGAIN_SECONDS)
+        self.wait = min(max(2 * self.wait, AGAIN_SECONDS), MOST_AGAIN_SECONDS)
+        self.due = now + self.wait
 
     @property
     def name(self) -> str:
@@ -353,7 +354,7 @@ class _Round:
                 self.add(answer)
                 self.bytes_up += len(answer.envelope)
                 self.answered.add(member.node)
-                member.wait = AGAIN_SECONDS
+                member.wait = 0.0
                 self.cohort.tell(member.site, "answered", self.number)
                 return
         except FederationError as error:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,12 @@ SITES_PATHS = tuple(
 HEALTH = "/health"
 # Limits of the proxy.
 HEAD_BYTES, BODY_BYTES = 16_384, 64 * 2**20
-HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS, GRACE_SECONDS = 10, 600, 120, 5
+HEAD_SECONDS, IDLE_SECONDS, GRACE_SECONDS = 10, 120, 5
+STALL_SECONDS, BYTES_A_SECOND = 20, 1000  # of a body: how long it may stand still, and how slow it may be on average
 FILES = 1024  # open at once: two for each connection that is passed on
 IN_WORK = 64  # requests that the SuperLink works on at the same time; others wait
 DIAL_SECONDS = 5
+NANOSECONDS = 10**9
 
 
 def programs(folder: Path, *, listen: str = "") -> list[Program]:
@@ -60,13 +63,15 @@ def programs(folder: Path, *, listen: str = "") -> list[Program]:
     runtime = Runtime.prepare(folder)
     listen = listen or f":{split_address(federation.federation.address)[1]}"
     write_whole(folder / PROXY, json.dumps(proxy_settings(folder, listen, runtime), indent=2).encode() + b"\n")
+    caddy = find_proxy()
+    _check_proxy(caddy, folder / PROXY)
     environment = {**ENVIRONMENT, "FLWR_HOME": str(folder / "run/flower")}
     superlink = [
         str(Path(sys.executable).with_name("flower-superlink")), "--enable-supernode-auth",
         "--database", str(folder / DATABASE), *runtime.options(folder),
     ]  # fmt: skip
     # Caddy keeps its own files there; what it opens is limited by the shell before it becomes Caddy.
-    proxy = ["/bin/sh", "-c", f'ulimit -n {FILES} && exec "$0" run --config "$1"', find_proxy(), str(folder / PROXY)]
+    proxy = ["/bin/sh", "-c", f'ulimit -n {FILES} && exec "$0" run --config "$1"', caddy, str(folder / PROXY)]
     homes = {"XDG_DATA_HOME": str(folder / "run/caddy"), "XDG_CONFIG_HOME": str(folder / "run/caddy")}
     return [
         Program("superlink", superlink, environment),
@@ -76,15 +81,26 @@ def programs(folder: Path, *, listen: str = "") -> list[Program]:
 
 
 def find_proxy() -> str:
-    """Caddy of the system, or of the package `caddyserver`."""
+    """Caddy of the package `caddyserver`, which is the one that was tested, or of the system."""
     beside = Path(sys.executable).with_name("caddy")
-    found = shutil.which("caddy") or (str(beside) if beside.exists() else None)
+    found = str(beside) if beside.exists() else shutil.which("caddy")
     if found is None:
         raise UsageError(
             "there is no proxy on this machine: Caddy is not installed",
             hint="install it from the system's packages, or: pip install 'fedcanvas[server]'",
         )
     return found
+
+
+def _check_proxy(caddy: str, settings: Path) -> None:
+    """Raises `UsageError` where this Caddy does not know one of the limits."""
+    done = subprocess.run([caddy, "validate", "--config", str(settings)], capture_output=True, text=True)
+    if done.returncode != 0:
+        *_, last = ["", *(done.stderr + done.stdout).splitlines()]
+        raise UsageError(
+            f"{caddy} does not take its configuration: {last[:300]}",
+            hint="it needs Caddy 2.11 or newer: pip install 'fedcanvas[server]'",
+        )
 
 
 def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any]:
@@ -98,10 +114,17 @@ def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any
         },
         "headers": {"request": {"delete": ["X-Forwarded-*", "Forwarded"]}},
     }  # fmt: skip
+    limits = [
+        {"handler": "request_body", "max_size": BODY_BYTES},
+        {
+            "handler": "timeouts", "read_timeout": STALL_SECONDS * NANOSECONDS, "read_min_rate": BYTES_A_SECOND,
+            "write_timeout": STALL_SECONDS * NANOSECONDS, "write_min_rate": BYTES_A_SECOND,
+        },
+    ]  # fmt: skip
     routes = [
         {
             "match": [{"path": list(SITES_PATHS), "method": ["POST"]}],
-            "handle": [{"handler": "request_body", "max_size": BODY_BYTES}, to_superlink],
+            "handle": [*limits, to_superlink],
             "terminal": True,
         },
         {
@@ -113,8 +136,7 @@ def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any
     ]
     server = {
         "listen": [listen], "protocols": ["h1"], "max_header_bytes": HEAD_BYTES,
-        "read_header_timeout": f"{HEAD_SECONDS}s", "read_timeout": f"{BODY_SECONDS}s",
-        "write_timeout": f"{BODY_SECONDS}s", "idle_timeout": f"{IDLE_SECONDS}s",
+        "read_header_timeout": f"{HEAD_SECONDS}s", "idle_timeout": f"{IDLE_SECONDS}s",
         "automatic_https": {"disable": True}, "tls_connection_policies": [{"protocol_min": "tls1.2"}],
         "routes": routes, "logs": {},
     }  # fmt: skip

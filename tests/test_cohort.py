@@ -1,0 +1,308 @@
+"""Who is asked in a round and when it is over, where sites come and go: a grid that does as each test says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from toy_federation import PROMPTS, toy_config
+
+import server.cohort
+from server.cohort import Cohort, RunStopped
+from shared.config import FederationConfig
+from shared.errors import FederationError, ProtocolError
+from shared.observer import SilentObserver
+from shared.records import Refusal, RefusalCode, RoundInstruction, SiteReply, encode_reply
+
+Answer = Callable[[int], "SiteReply | Refusal | Error | None"]  # of the how manieth question of a node; None: silence
+
+
+@dataclass
+class Sites:
+    """A roster and a grid: which nodes are there, and what each says when."""
+
+    answers: dict[int, Answer]
+    there: set[int]
+    admitted: set[str] = field(default_factory=set)
+
+    def sites(self) -> set[str]:
+        return self.admitted or {name(node) for node in self.answers}
+
+    def online(self) -> dict[int, str]:
+        return {node: name(node) for node in self.there if name(node) in self.sites()}
+
+
+def name(node: int) -> str:
+    return f"site-{node}"
+
+
+class ScriptedGrid(Grid):
+    """Answers at once; what is silence stays silence, until a test puts something into `late`."""
+
+    def __init__(self, sites: Sites) -> None:
+        self.scripted = sites
+        self.asked: list[tuple[int, str]] = []  # node and round, in order
+        self.contents: list[RecordDict] = []
+        self._waiting: dict[str, Message] = {}
+        self.silent: dict[str, Message] = {}
+        self._count = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        names = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            times = sum(asked == (node, message.metadata.group_id) for asked in self.asked)
+            self.asked.append((node, message.metadata.group_id))
+            self.contents.append(message.content)
+            self._count += 1
+            names.append(f"m{self._count}")
+            message.metadata.__dict__["_message_id"] = names[-1]
+            answer = self.scripted.answers[node](times)
+            if answer is None:
+                self.silent[names[-1]] = message
+            else:
+                self._waiting[names[-1]] = replying(message, answer)
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._waiting.pop(found) for found in list(message_ids) if found in self._waiting]
+
+    def speak(self, node: int, answer: SiteReply) -> None:
+        """What a silent node says in the end."""
+        for found, message in list(self.silent.items()):
+            if message.metadata.dst_node_id == node:
+                self._waiting[found] = replying(self.silent.pop(found), answer)
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self.scripted.there)
+
+    def set_run(self, run: Run) -> None: ...
+    @property
+    def run(self) -> Run: ...  # type: ignore[empty-body]
+    def create_message(self, *a: Any, **k: Any) -> Message: ...  # type: ignore[empty-body]
+    def send_and_receive(self, *a: Any, **k: Any) -> list[Message]: ...  # type: ignore[empty-body]
+
+
+def replying(message: Message, answer: SiteReply | Refusal | Error) -> Message:
+    return Message(answer if isinstance(answer, Error) else encode_reply(answer), reply_to=message)
+
+
+def reply(node: int, server_round: int = 1) -> SiteReply:
+    return SiteReply("run", server_round, name(node), b"\0" * 40)
+
+
+def answers(node: int, server_round: int = 1) -> Answer:
+    return lambda times: reply(node, server_round)
+
+
+def refuses(node: int, code: RefusalCode) -> Answer:
+    return lambda times: Refusal(name(node), code)
+
+
+def silence(times: int) -> None:
+    return None
+
+
+def instruction(server_round: int = 1) -> RoundInstruction:
+    config = toy_config()
+    return RoundInstruction(
+        "run", "train", server_round, 1, config.to_json(), config.digest, PROMPTS.texts, np.zeros(3, np.float32)
+    )
+
+
+def federation(**changes: Any) -> FederationConfig:
+    values = {"sites": 3, "rounds": 4, "published_records": 64, "fewest_sites": 2, "deadline_seconds": 60.0}
+    return FederationConfig(**{**values, **changes})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # a message asks for them
+    for constant, value in (("LOOK_SECONDS", 0.0), ("AGAIN_SECONDS", 0.05), ("MOST_AGAIN_SECONDS", 0.05)):
+        monkeypatch.setattr(server.cohort, constant, value)
+
+
+class Told(SilentObserver):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+class Rounds:
+    """A cohort, and the sites that answered each round."""
+
+    def __init__(self, scripted: Sites, **settings: Any) -> None:
+        self.sites, self.grid, self.told = scripted, ScriptedGrid(scripted), Told()
+        self.states: list[tuple[str, str]] = []
+        self.cohort = Cohort(
+            self.grid, federation(**settings), self.told, roster=scripted, stopped=lambda: self.stopped(),
+            tell=lambda site, state, server_round: self.states.append((site, state)),
+        )  # fmt: skip
+        self.stopped: Callable[[], bool] = lambda: False
+
+    def round(self, server_round: int = 1, add: Callable[[SiteReply], None] | None = None) -> list[str]:
+        found: list[str] = []
+
+        def take(answer: SiteReply) -> None:
+            if add is not None:
+                add(answer)
+            found.append(answer.site_id)
+
+        self.cohort.ask(instruction(server_round), take)
+        return sorted(found)
+
+    def begun(self) -> Rounds:
+        self.cohort._begun = True
+        return self
+
+
+def three(**changes: Answer) -> dict[int, Answer]:
+    return {node: changes.get(f"n{node}", lambda times, node=node: reply(node)) for node in (1, 2, 3)}  # type: ignore[misc]
+
+
+ALL = ["site-1", "site-2", "site-3"]
+
+
+def test_everybody_who_is_there_is_waited_for() -> None:
+    assert Rounds(Sites(three(), {1, 2, 3})).round() == ALL
+
+
+def test_first_ends_a_round_with_those_that_are_first() -> None:
+    run = Rounds(Sites(three(n3=silence), {1, 2, 3}), cohort="first")
+    assert run.round() == ["site-1", "site-2"]
+
+
+def test_a_silent_site_costs_one_deadline_and_is_not_waited_for_in_the_next_round() -> None:
+    run = Rounds(Sites({1: answers(1), 2: answers(2), 3: silence}, {1, 2, 3}), deadline_seconds=0.6).begun()
+    began = time.monotonic()
+    assert run.round(1) == ["site-1", "site-2"]
+    assert time.monotonic() - began >= 0.6
+    assert ("site-3", "late") in run.states
+    assert any("no reply from site site-3 within 0.6 s; the round goes on with 2 sites" in text
+               for text in run.told.messages)  # fmt: skip
+    began = time.monotonic()
+    assert run.round(2) == ["site-1", "site-2"]
+    assert time.monotonic() - began < 0.5
+    assert (3, "2") in run.grid.asked  # it is asked all the same
+
+
+def test_a_late_answer_is_not_taken_and_told_and_the_site_is_waited_for_again() -> None:
+    run = Rounds(Sites({1: answers(1), 2: answers(2), 3: silence}, {1, 2, 3}), deadline_seconds=0.3).begun()
+    run.round(1)
+    run.grid.speak(3, reply(3))
+    assert run.round(2) == ["site-1", "site-2"]
+    assert any("site site-3 answered round 1 too late: ignored" in text for text in run.told.messages)
+    run.sites.answers[3] = answers(3)
+    run.grid.silent.clear()
+    assert run.round(3) == ALL
+
+
+def test_what_is_no_answer_costs_only_its_site_and_is_never_summed() -> None:
+    def add(answer: SiteReply) -> None:
+        if answer.site_id == "site-2":
+            raise ProtocolError("of another length")
+
+    run = Rounds(Sites(three(), {1, 2, 3})).begun()
+    assert run.round(1, add) == ["site-1", "site-3"]
+    assert ("site-2", "sent what is no answer") in run.states
+    assert run.round(2) == ["site-1", "site-3"]
+    assert (2, "2") not in run.grid.asked
+
+
+def test_a_node_may_answer_only_as_the_site_of_its_key() -> None:
+    run = Rounds(Sites(three(n3=answers(2)), {1, 2, 3})).begun()
+    assert run.round() == ["site-1", "site-2"]
+
+
+def test_a_site_that_refused_is_asked_again_after_some_rounds_since_its_people_may_have_mended_it() -> None:
+    run = Rounds(Sites(three(n3=refuses(3, RefusalCode.POLICY)), {1, 2, 3})).begun()
+    for server_round in range(1, 13):
+        run.round(server_round)
+    assert [asked for node, asked in run.grid.asked if node == 3] == ["1", "11"]
+
+
+def test_a_site_without_approval_is_asked_the_very_same_again_until_it_has() -> None:
+    def later(times: int) -> SiteReply | Refusal:
+        return reply(3) if times == 3 else Refusal(name(3), RefusalCode.APPROVAL)
+
+    run = Rounds(Sites(three(n3=later), {1, 2, 3}))
+    assert run.round() == ALL
+    of_three = [content for (node, _), content in zip(run.grid.asked, run.grid.contents, strict=True) if node == 3]
+    assert len(of_three) == 4
+    assert all(content is of_three[0] for content in of_three)  # not one byte of it is another
+
+
+def test_before_anybody_has_answered_there_is_no_deadline() -> None:
+    began = time.monotonic()
+    run = Rounds(Sites({n: refuses(n, RefusalCode.APPROVAL) for n in (1, 2, 3)}, {1, 2, 3}), deadline_seconds=0.1)
+    run.stopped = lambda: time.monotonic() > began + 1.0
+    with pytest.raises(RunStopped):
+        run.round()
+    assert len(run.grid.asked) > 3
+
+
+def test_a_site_that_comes_during_a_round_is_asked_and_counts() -> None:
+    sites = Sites(three(), {1})
+    run = Rounds(sites)
+    looks = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            sites.there = {1, 2, 3}
+        return False
+
+    run.stopped = look
+    assert run.round() == ALL
+
+
+def test_a_node_that_is_lost_is_asked_the_same_again_and_is_not_waited_for_once_enough_answered() -> None:
+    def back(times: int) -> SiteReply | Error:
+        return Error(5) if times == 0 else reply(2)
+
+    assert Rounds(Sites({1: answers(1), 2: back}, {1, 2}), sites=2).begun().round() == ["site-1", "site-2"]
+    lost = Rounds(Sites(three(n3=lambda times: Error(5)), {1, 2, 3})).begun()
+    assert lost.round() == ["site-1", "site-2"]
+
+
+def test_too_few_that_can_answer_end_the_run_with_the_reason() -> None:
+    two = {n: refuses(n, RefusalCode.RELEASE) for n in (2, 3)}
+    run = Rounds(Sites({1: answers(1), **two}, {1, 2, 3})).begun()
+    with pytest.raises(FederationError, match=r"site site-[23] refused with code 'release': its code is mixed"):
+        run.round()
+
+
+def test_too_few_at_the_deadline_end_the_run() -> None:
+    run = Rounds(Sites(three(n2=silence, n3=silence), {1, 2, 3}), deadline_seconds=0.3).begun()
+    with pytest.raises(FederationError, match=r"no reply from site site-2, site site-3 within 0\.3 s"):
+        run.round()
+
+
+def test_a_site_that_is_revoked_during_the_run_is_not_asked_and_too_few_are_told() -> None:
+    sites = Sites(three(), {1, 2, 3})
+    run = Rounds(sites).begun()
+    assert run.round(1) == ALL
+    sites.admitted = {"site-1", "site-2"}
+    assert run.round(2) == ["site-1", "site-2"]
+    sites.admitted = {"site-1"}
+    with pytest.raises(FederationError, match="1 sites can take part, and a round needs 2"):
+        run.cohort.wait()
+
+
+def test_the_text_of_an_engines_error_is_not_repeated() -> None:
+    error = Error(code=2, reason="a photo of a red")
+    run = Rounds(Sites(three(n2=lambda t: error, n3=refuses(3, RefusalCode.SITE)), {1, 2, 3}), deadline_seconds=0.2)
+    with pytest.raises(FederationError) as caught:
+        run.begun().round()
+    assert "photo" not in f"{caught.value.message} {caught.value.hint} {run.told.messages}"
