@@ -40,12 +40,11 @@ SITES_PATHS = tuple(
 HEALTH = "/health"
 # Limits of the proxy.
 HEAD_BYTES, BODY_BYTES = 16_384, 64 * 2**20
-HEAD_SECONDS, IDLE_SECONDS, GRACE_SECONDS = 10, 120, 5
+HEAD_SECONDS, IDLE_SECONDS, GRACE_SECONDS = 10, 30, 5
 STALL_SECONDS, BYTES_A_SECOND = 20, 1000  # of a body: how long it may stand still, and how slow it may be on average
 FILES = 1024  # open at once: two for each connection that is passed on
 IN_WORK = 64  # requests that the SuperLink works on at the same time; others wait
 DIAL_SECONDS = 5
-NANOSECONDS = 10**9
 
 
 def programs(folder: Path, *, listen: str = "") -> list[Program]:
@@ -108,23 +107,17 @@ def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any
     to_superlink = {
         "handler": "reverse_proxy",
         "upstreams": [{"dial": runtime.address}],
+        "request_buffers": BODY_BYTES,  # the SuperLink sees no request before it is there whole
         "transport": {
             "protocol": "http", "dial_timeout": f"{DIAL_SECONDS}s", "max_conns_per_host": IN_WORK,
             "tls": {"ca": {"provider": "file", "pem_files": [str(folder / AUTHORITY)]}},
         },
         "headers": {"request": {"delete": ["X-Forwarded-*", "Forwarded"]}},
     }  # fmt: skip
-    limits = [
-        {"handler": "request_body", "max_size": BODY_BYTES},
-        {
-            "handler": "timeouts", "read_timeout": STALL_SECONDS * NANOSECONDS, "read_min_rate": BYTES_A_SECOND,
-            "write_timeout": STALL_SECONDS * NANOSECONDS, "write_min_rate": BYTES_A_SECOND,
-        },
-    ]  # fmt: skip
     routes = [
         {
             "match": [{"path": list(SITES_PATHS), "method": ["POST"]}],
-            "handle": [*limits, to_superlink],
+            "handle": [{"handler": "request_body", "max_size": BODY_BYTES}, to_superlink],
             "terminal": True,
         },
         {
@@ -137,6 +130,9 @@ def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any
     server = {
         "listen": [listen], "protocols": ["h1"], "max_header_bytes": HEAD_BYTES,
         "read_header_timeout": f"{HEAD_SECONDS}s", "idle_timeout": f"{IDLE_SECONDS}s",
+        "read_idle_timeout": f"{STALL_SECONDS}s", "read_min_rate": BYTES_A_SECOND,
+        "write_idle_timeout": f"{STALL_SECONDS}s", "write_min_rate": BYTES_A_SECOND,
+        "enable_full_duplex": True,  # or a body that has timed out would be waited for before the answer
         "automatic_https": {"disable": True}, "tls_connection_policies": [{"protocol_min": "tls1.2"}],
         "routes": routes, "logs": {},
     }  # fmt: skip
