@@ -3,10 +3,11 @@
     init, join, check-data      a site and its lineage of records, begun; its keys for a federation
     policy, runs, approve, deny what may happen here, and what a person decides
     ledger, receipts            what was spent, and what left
+    start, stop, status         a site at work (`client.deployment_cli`)
 
 Results go to standard output and are for the person at the site: counts of records among them never leave otherwise.
-No command opens a connection. Not here: the figures themselves (`client.spending`, `client.data_check`), the page for
-a data-protection officer (`client.receipts`), and answering (`client.app`).
+No command here opens a connection. Not here: the figures themselves (`client.spending`, `client.data_check`), the page
+for a data-protection officer (`client.receipts`), and answering (`client.app`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import json
 import math
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from client.deployment_cli import commands
 from shared.cli import group_command, new_group, say, warn
 from shared.errors import ConfigError, FedCanvasError, LedgerError, PrivacyError, UsageError
 from shared.progress import StepProgress
@@ -36,14 +37,14 @@ if TYPE_CHECKING:
     from shared.privacy.budget import Lifetime
     from shared.privacy.ledger import Ledger
 
-RACE_SECONDS = 0.2
 NO_FEDERATION = "none: asked here"  # of a question that a person at the site asked
 TERMS_DIGITS = 12
 
 client = new_group(
     "What the institution that owns the data decides and sees: its site, its policy, its ledger, its receipts."
-    " Everything is read from the site's own folder; nothing is sent."
+    " Everything is read from the site's own folder; `start` alone connects to a federation."
 )
+client.add_typer(commands)
 
 Site = Annotated[Path, typer.Argument(metavar="SITE_DIR", hidden=True)]
 Run = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
@@ -827,21 +828,9 @@ def _leave_federation(site_dir: Path, account: SiteAccount, name: str, reason: s
 
 
 def _open(site_dir: Path) -> tuple[SiteConfig, SiteAccount]:
-    """The site's settings and its account, the ledger checked.
+    from client.status import open_account
 
-    A site at work writes its ledger first and the anchor next; who reads in between sees an anchor that does not fit,
-    so it is looked at twice.
-    """
-    from client.account import SiteAccount
-    from client.settings import SiteConfig
-
-    config = SiteConfig.read(site_dir)
-    try:
-        account = SiteAccount(site_dir, store=site_dir / config.store, lineage=config.lineage)
-    except LedgerError:
-        time.sleep(RACE_SECONDS)
-        account = SiteAccount(site_dir, store=site_dir / config.store, lineage=config.lineage)
-    return config, account
+    return open_account(site_dir)
 
 
 def _open_data(config: SiteConfig, site_dir: Path, cache: Path, size: int, channels: int) -> ImageCaptionDataset:

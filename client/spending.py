@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.privacy.accounting import EpsilonReport, composed_epsilon, renyi_cost
+from shared.privacy.accounting import EpsilonReport, Spent, composed_epsilon, renyi_cost
 from shared.privacy.budget import Left, Lifetime, as_spent, what_is_left
 from shared.privacy.ledger import UNSAMPLED, Ledger, RunAccount
 
@@ -123,20 +123,26 @@ def run_figures(ledger: Ledger) -> list[RunFigures]:
 
 def totals(ledger: Ledger, ceiling: Lifetime) -> Totals:
     """Seconds where much was charged: the composed figure is computed anew."""
-    spent = [as_spent(a.terms.plan, a.steps, unsampled=a.unsampled > 0) for a in ledger.runs.values() if a.charges]
-    composed = composed_epsilon(spent, delta=ledger.lineage.lifetime.delta)
+    composed = composed_epsilon(_spent(ledger), delta=ledger.lineage.lifetime.delta)
+    reserved, used = reserved_and_spent(ledger, ceiling)
     left = what_is_left(ledger.reserved, ceiling)
+    return Totals(ceiling, reserved, used, left, replace(composed, unit=ledger.lineage.unit))
+
+
+def reserved_and_spent(ledger: Ledger, ceiling: Lifetime) -> tuple[float, float]:
+    """(reserved, spent) in epsilon, added up as the ceiling adds up."""
     if ceiling.order is None:
         reserved = math.fsum(price.epsilon for price in ledger.reserved)
-        used = math.fsum(account.epsilon_spent for account in ledger.runs.values())
-    else:
-        # As (epsilon, delta): the divergences so far, and once what turns a divergence into it.
-        turned = ceiling.max_epsilon - ceiling.renyi_budget
-        divergence = math.fsum(price.renyi or 0.0 for price in ledger.reserved)
-        reserved = divergence + turned if divergence else 0.0
-        divergence = math.fsum(renyi_cost(part, order=ceiling.order) for part in spent)
-        used = divergence + turned if divergence else 0.0
-    return Totals(ceiling, reserved, used, left, replace(composed, unit=ledger.lineage.unit))
+        return reserved, math.fsum(account.epsilon_spent for account in ledger.runs.values())
+    # As (epsilon, delta): the divergences so far, and once what turns a divergence into it.
+    turned = ceiling.max_epsilon - ceiling.renyi_budget
+    divergence = math.fsum(price.renyi or 0.0 for price in ledger.reserved)
+    spent = math.fsum(renyi_cost(part, order=ceiling.order) for part in _spent(ledger))
+    return (divergence + turned if divergence else 0.0), (spent + turned if spent else 0.0)
+
+
+def _spent(ledger: Ledger) -> list[Spent]:
+    return [as_spent(a.terms.plan, a.steps, unsampled=a.unsampled > 0) for a in ledger.runs.values() if a.charges]
 
 
 def receipts(ledger: Ledger) -> list[Receipt]:

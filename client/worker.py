@@ -7,7 +7,8 @@ installed `client.app`, imported before the first task came. A message that came
 the refusal `release`, and the site's log says which bundle that was.
 
 One long process instead of one for each message, so records and features stay in memory. When it dies, whoever
-supervises it starts another; the ledger holds what was charged.
+supervises it starts another; the ledger holds what was charged. Told to end, it answers its message first; while it
+waits for one, it ends at once.
 Not here: how work is asked for (`shared.flower_runtime`).
 """
 
@@ -16,9 +17,8 @@ from __future__ import annotations
 import hashlib
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from flwr.app import Context
@@ -26,6 +26,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from client.activity import note_activity
 from client.app import app, refuse_bundle
 from client.membership import open_channel
 from client.policy import SitePolicy
@@ -36,21 +37,36 @@ from shared.flower_runtime import Runtime, WorkSource
 POLL_SECONDS = 0.2
 
 
-def work(
-    site_dir: Path, runtime: Runtime, *, bundles: Collection[str], stopped: Callable[[], bool]
-) -> None:
-    """Takes and answers one task after another until told to stop.
+class Ending:
+    """Whether the worker was told to end, and whether it may at once."""
+
+    def __init__(self) -> None:
+        self.told = self.busy = False
+
+    def tell(self, *_: object) -> None:
+        """A handler of signals."""
+        self.told = True
+        if not self.busy:
+            raise SystemExit(0)  # also out of a wait for a node that is not there
+
+
+def work(site_dir: Path, runtime: Runtime, *, bundles: Collection[str], ending: Ending) -> None:
+    """Takes and answers one task after another until told to end.
 
     Args:
         bundles: SHA-256 of bundles whose messages are answered, 64 hex digits each.
     """
+    note_activity(site_dir)
     with WorkSource(runtime, TaskType.CLIENT_APP) as source:
-        while not stopped():
+        while not ending.told:
             token = source.take()
-            if token is not None:
-                _answer_task(site_dir, runtime, token, bundles)
-            else:
+            if token is None:
                 time.sleep(POLL_SECONDS)
+                continue
+            ending.busy = True
+            _answer_task(site_dir, runtime, token, bundles)
+            note_activity(site_dir)
+            ending.busy = False
 
 
 def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collection[str]) -> None:
@@ -62,6 +78,7 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
     try:
         heartbeat.start()
         message, context, _, bundle = pull_task_input(client)
+        note_activity(site_dir, flower_run=message.metadata.run_id, group=message.metadata.group_id)
         digest = hashlib.sha256(bundle.content).hexdigest()
         known = digest in bundles
         reply = app(message=message, context=context) if known else refuse_bundle(message, site_dir, digest)
@@ -80,15 +97,15 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
 
 
 def main() -> None:
-    """`python -m client.worker SITE_DIR`, until SIGTERM; the message that is being answered is ended first."""
-    ending = threading.Event()
+    """`python -m client.worker SITE_DIR`, until SIGTERM."""
+    ending = Ending()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ending.set())
+        signal.signal(number, ending.tell)
     site_dir = Path(sys.argv[1])
     if open_channel(site_dir, SiteConfig.read(site_dir).site_id) is None:
         raise SystemExit(f"{site_dir} joined no federation: nothing that came over a network is answered")
     allowed = {bundle_digest(), *SitePolicy.read(site_dir).bundles}
-    work(site_dir, Runtime.read(site_dir), bundles=allowed, stopped=ending.is_set)
+    work(site_dir, Runtime.read(site_dir), bundles=allowed, ending=ending)
 
 
 if __name__ == "__main__":

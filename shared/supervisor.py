@@ -48,6 +48,7 @@ END_SECONDS = 20.0  # before a program is killed
 STOP_SECONDS = 180.0
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 1.0  # of trying: whoever looks whether the lock is held holds it for a moment
+STARTED, STARTED_AGAIN, NOTE = "--- started", "--- started again", "--- "  # lines of our own in a program's log
 LogFormat = Literal["text", "json"]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PR_SET_PDEATHSIG = 1
@@ -139,6 +140,7 @@ class _Running:
     def start(self) -> None:
         self.starts += 1
         self.began, self.since = _now(), time.monotonic()
+        self.log.info(STARTED if self.starts == 1 else STARTED_AGAIN)
         try:
             self.process = subprocess.Popen(
                 list(self.program.command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -166,10 +168,11 @@ class _Running:
     def _note_end(self, how: str) -> None:
         ran = time.monotonic() - self.since
         self.process, self.ended = None, f"{_now()}: {how}, after {ran:.0f} s"
-        quick = ran < QUICK_SECONDS
-        self._wait = min(2 * self._wait, self.program.most_seconds) if quick else self.program.restart_seconds
+        if ran >= QUICK_SECONDS:
+            self._wait = self.program.restart_seconds
         self.due = time.monotonic() + self._wait
-        self.log.info("--- %s; it is started again in %.0f s", self.ended, self._wait)
+        self.log.info("%s%s; it is started again in %.0f s", NOTE, self.ended, self._wait)
+        self._wait = min(2 * self._wait, self.program.most_seconds)
 
     def stop(self) -> None:
         if self.process is None:

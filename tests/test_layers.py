@@ -32,8 +32,9 @@ MAY_IMPORT = {
 # Inside a package the arrow points down this list; a module that is not named stands at the bottom.
 LEVELS = {
     "client": [
-        "client.cli", "client.deployment", "client.worker", "client.receipts", "client.spending", "client.app",
-        "client.ownership", "client.query", "client.enrolment", "client.site", "client.gate",
+        "client.cli", "client.deployment_cli", "client.deployment", "client.worker", "client.status",
+        "client.receipts", "client.spending", "client.app", "client.ownership", "client.query", "client.enrolment",
+        "client.site", "client.gate",
     ],
     "server": ["server.cli", "server.worker", "server.app", "server.rounds", "server.cohort"],
 }

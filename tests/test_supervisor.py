@@ -158,9 +158,9 @@ def saying(*lines: str) -> Program:
 def test_a_line_is_read_again_with_its_time_in_either_form(tmp_path: Path, form: str) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
     made = Kept(tmp_path, saying('{"a": 1}', "b  c"), form=form)
-    eventually(lambda: len(log_lines(tmp_path, "talker")) == 2)
+    eventually(lambda: len(log_lines(tmp_path, "talker")) == 3)
     made.end()
-    assert [line.text for line in log_lines(tmp_path, "talker")] == ['{"a": 1}', "b  c"]
+    assert [line.text for line in log_lines(tmp_path, "talker")] == ["--- started", '{"a": 1}', "b  c"]
     for line, raw in zip(
         log_lines(tmp_path, "talker"), (tmp_path / "logs/talker.log").read_text().splitlines(), strict=True
     ):
@@ -175,7 +175,7 @@ def test_nothing_that_moves_a_cursor_and_no_endless_line_reaches_a_log(tmp_path:
     made = Kept(tmp_path, saying("\x1b[92mINFO \x1b[0m: \x1b[2J\tend\x07", "x" * 100_000))
     eventually(lambda: sum(len(line.text) for line in log_lines(tmp_path, "talker")) > 100_000)
     made.end()
-    first, *rest = (line.text for line in log_lines(tmp_path, "talker"))
+    _, first, *rest = (line.text for line in log_lines(tmp_path, "talker"))
     assert first == "INFO : \N{REPLACEMENT CHARACTER}[2J    end\N{REPLACEMENT CHARACTER}"
     assert "".join(rest) == "x" * 100_000
     assert max(map(len, rest)) <= supervisor.LINE_BYTES
@@ -199,9 +199,10 @@ def test_in_the_foreground_lines_are_repeated_on_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = Kept(tmp_path, saying("hello"), aloud=True)
-    eventually(lambda: log_lines(tmp_path, "talker"))
+    eventually(lambda: len(log_lines(tmp_path, "talker")) == 2)
     made.end()
-    assert capsys.readouterr().out.partition(" ")[2] == "talker: hello\n"
+    repeated = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[2] for line in repeated] == ["talker: --- started", "talker: hello"]
 
 
 def test_the_status_says_since_when(kept: Kept) -> None:

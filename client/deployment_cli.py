@@ -1,0 +1,166 @@
+"""`fedcanvas client start`, `stop`, `status`: a site at work in a federation.
+
+The commands stand in the group of `client.cli`. Not here: what they do (`client.deployment`, `client.status`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from shared.cli import group_command, printable, say, warn
+
+if TYPE_CHECKING:
+    from client.status import Connection
+
+commands = typer.Typer()
+
+Site = Annotated[Path, typer.Argument(metavar="SITE_DIR", hidden=True)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+@group_command(commands, "start", "answer the federation that was joined, from now on")
+def start(
+    site_dir: Site,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, until SIGTERM or Ctrl-C: for systemd and containers.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="In the foreground: lines go to the logs in SITE_DIR/logs only.")
+    ] = False,
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="Of a line of the logs.")] = "text",
+) -> None:
+    """Keep the two processes of SITE_DIR running: Flower's node, which alone has a connection, and the worker.
+
+    First everything is looked at that would keep the site from answering. Whether the operator has admitted it, only
+    the server knows: `fedcanvas client status` tells what the server said to the node.
+    """
+    from client.deployment import check_can_start, run_here
+    from client.deployment import start as start_detached
+
+    for words in check_can_start(site_dir):
+        warn(words)
+    if foreground:
+        run_here(site_dir, form=log_format, aloud=not quiet)
+        return
+    say("starting")
+    connection = start_detached(site_dir, form=log_format)
+    _print([
+        f"{site_dir} is started; its logs are in {site_dir / 'logs'}",
+        f"  server  {_connection_words(connection)}",
+        f"  next    fedcanvas client status {shlex.quote(str(site_dir))}",
+    ])  # fmt: skip
+
+
+@group_command(commands, "stop", "end the site's two processes")
+def stop(site_dir: Site) -> None:
+    """End the processes of SITE_DIR. A message that is being answered is ended first, for up to a minute.
+
+    Where systemd keeps the site, stop its unit instead: systemd would start it again.
+    """
+    from client.settings import SiteConfig
+    from shared.supervisor import stop as stop_supervisor
+
+    SiteConfig.read(site_dir)
+    say("stopping")
+    _print([f"{site_dir} is stopped" if stop_supervisor(site_dir) else f"{site_dir} was not started"])
+
+
+@group_command(commands, "status", "is it up, connected, at work; what was answered and what waits")
+def status(site_dir: Site, as_json: AsJson = False) -> None:
+    """Say how SITE_DIR does: processes, the node's connection, work, budget, and what waits for a person."""
+    from client.status import site_status
+
+    about = site_status(site_dir)
+    if as_json:
+        _print_json(about)
+    else:
+        _print(_status_lines(site_dir, about))
+
+
+def _status_lines(site_dir: Path, about: dict[str, Any]) -> list[str]:
+    from client.status import Connection
+
+    where = f"of federation {about['federation']} at {about['address']}" if about["federation"] else "of no federation"
+    lines, quoted = [f"site {about['site_id']} {where}"], shlex.quote(str(site_dir))
+    if about["started"]:
+        supervisor = about["supervisor"]
+        lines.append(f"  supervisor  up since {_time(supervisor['since'])}, process {supervisor['pid']}")
+        lines += [f"  {name:<10}  {_program_words(program)}" for name, program in about["programs"].items()]
+        lines.append(f"  server      {_connection_words(Connection(**about['connection']))}")
+        lines.append(f"  work        {_work_words(about)}")
+    else:
+        lines.append(f"  not started: `fedcanvas client start {quoted}`")
+    if about["account_error"]:
+        lines.append(f"  ledger      {about['account_error']}")
+    else:
+        lines += [
+            f"  answered    {_answered_words(answered)}" for answered in about["answered"]
+        ] or ["  answered    nothing yet"]  # fmt: skip
+    codes = ", ".join(f"{count:,} x {code}" for code, count in about["refused"]["by_code"].items())
+    if codes:
+        newest = "".join(
+            f"; last {one['code']} to run {one['run']}, {_time(one['time'])}" for one in about["refused"]["last"][-1:]
+        )
+        lines.append(f"  refused     {codes}{newest}")
+    if about["epsilon"]:
+        budget = about["epsilon"]
+        lines.append(
+            f"  epsilon     {budget['spent']:.4g} spent, {budget['reserved']:.4g} reserved of {budget['ceiling']:g} at"
+            f" delta {budget['delta']:.0e}, for lineage {budget['lineage']}; {budget['left']:.4g} left"
+        )
+    incidents = about["incidents"]
+    last = f"; last: {incidents['last']}" if incidents["last"] else ""
+    lines.append(f"  incidents   {incidents['count']:,}{last}")
+    for run in about["waiting"]:
+        lines.append(f"run {run} waits for your decision: fedcanvas client runs {quoted}")
+    return lines
+
+
+def _program_words(program: dict[str, Any]) -> str:
+    up = "down, to be started again"
+    if program["pid"]:
+        up = f"up since {_time(program['since'])}, process {program['pid']}"
+    if not program["ended"]:
+        return up
+    return f"{up}; started again {program['starts'] - 1:,} times, it ended last {program['ended']}"
+
+
+def _connection_words(connection: Connection) -> str:
+    since = f" since {_time(connection.since)}" if connection.since else ""
+    return f"{connection.state}{since}: {connection.words}"
+
+
+def _work_words(about: dict[str, Any]) -> str:
+    worker, charged = about["worker"], about["charged"]
+    if worker is None:
+        return "none: the worker is not up"
+    if not worker["answers"]:
+        return f"idle since {_time(worker['since'])}"
+    what = f"; charged is round {charged['server_round']} of run {charged['run']}" if charged else ""
+    return f"answers a message since {_time(worker['since'])} ({worker['answers']}){what}"
+
+
+def _answered_words(answered: dict[str, Any]) -> str:
+    again = ", the same bytes again" if answered["again"] else ""
+    return f"round {answered['server_round']} of run {answered['run']}, charged {_time(answered['charged'])}{again}"
+
+
+def _time(iso: str) -> str:
+    return f"{iso[:16].replace('T', ' ')} UTC" if iso else "a moment ago"
+
+
+def _print(lines: Sequence[str]) -> None:
+    for line in lines:
+        typer.echo(printable(line))
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    from shared.plain import plain
+
+    typer.echo(json.dumps(plain(content), ensure_ascii=False, allow_nan=False))
