@@ -3,7 +3,7 @@
     init, join, check-data      a site and its lineage of records, begun; its keys for a federation
     policy, runs, approve, deny what may happen here, and what a person decides
     ledger, receipts            what was spent, and what left
-    start, stop, status         a site at work (`client.deployment_cli`)
+    start, stop, status         a site at work; with trust in `client.deployment_cli`
 
 Results go to standard output and are for the person at the site: counts of records among them never leave otherwise.
 No command here opens a connection. Not here: the figures themselves (`client.spending`, `client.data_check`), the page
@@ -236,6 +236,9 @@ def join(
     delta: Annotated[float | None, typer.Option(help="As of `init`; for a new site.", show_default=False)] = None,
     store: Annotated[Path | None, typer.Option(help="As of `init`.", show_default=False)] = None,
     shares_records_with: Overlaps = None,
+    also_trust: Annotated[
+        Path | None, typer.Option(help="PEM of an institution's own authority: `client trust`.", show_default=False)
+    ] = None,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -245,6 +248,7 @@ def join(
     never leave it, and writes SITE_DIR/request.json for the operator. Nothing is sent by itself.
     """
     from client.joining import join as join_federation
+    from client.network import also_trust as trust_too
     from client.policy import FILE as POLICY
     from client.settings import SETTINGS, SiteConfig
     from shared.protection.kit import read_kit
@@ -276,6 +280,9 @@ def join(
             f"the kit is for site {found.site}, and {site_dir} is site {site_id}",
             hint="ask the operator for a kit of that name, or make another site",
         )
+    if also_trust is not None:
+        for authority in trust_too(site_dir, also_trust):
+            say(f"trusted beside the federation's authority: {authority.name}, SHA-256 {authority.sha256}")
     made = join_federation(site_dir, found, site_id=site_id)
     if as_json:
         _print_json({"site": str(site_dir), "site_id": site_id, "federation": known.name, "request": str(made.request),

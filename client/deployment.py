@@ -1,6 +1,6 @@
 """The two processes of a deployed site: Flower's SuperNode and our worker.
 
-The SuperNode alone has a connection: outwards, to the federation's server, under the federation's authority. It runs in
+The SuperNode alone has a connection: outwards, to the federation's server, in the way of `client.network`. It runs in
 process isolation, so it starts nothing by itself; tasks are taken by `client.worker`.
 Not here: keeping processes up (`shared.supervisor`), what both share (`shared.flower_runtime`), and whether the site
 was admitted: that only the server knows.
@@ -8,12 +8,13 @@ was admitted: that only the server knows.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from client.activity import Activity
-from client.joining import AUTHORITY
 from client.membership import NODE, SIGNING, open_channel, read_federation
+from client.network import environment_of, proxy_of, trusted, write_trusted
 from client.policy import SitePolicy
 from client.settings import RELEASE_CODE, SETTINGS, SiteConfig
 from client.status import Connection, open_account, read_connection
@@ -49,19 +50,26 @@ def programs(site_dir: Path) -> list[Program]:
     federation = read_federation(site_dir)
     if federation is None:
         raise ConfigError(f"{site_dir} joined no federation", hint="`fedcanvas client join KIT SITE_DIR` does that")
+    proxy = proxy_of(SiteConfig.read(site_dir), federation.address, os.environ)
     (site_dir / "run/flower").mkdir(mode=0o700, parents=True, exist_ok=True)
     runtime = Runtime.prepare(site_dir)
     # The level is that of which `client.status` reads the words; Flower's DEBUG may show what is sensitive.
-    environment = {**ENVIRONMENT, "FLWR_HOME": str(site_dir / "run/flower"), "FLWR_LOG_LEVEL": "INFO"}
+    environment = {
+        **ENVIRONMENT, **environment_of(None, os.environ), "FLWR_HOME": str(site_dir / "run/flower"),
+        "FLWR_LOG_LEVEL": "INFO",
+    }  # fmt: skip
     node = [
         str(Path(sys.executable).with_name("flower-supernode")), "--superlink", federation.address,
-        "--root-certificates", str(site_dir / AUTHORITY), "--auth-supernode-private-key", str(site_dir / NODE),
+        "--root-certificates", str(write_trusted(site_dir)), "--auth-supernode-private-key", str(site_dir / NODE),
         *runtime.options(site_dir), "--node-config", f"site-dir='{site_dir}'",
     ]  # fmt: skip
     # -P: nothing is imported from the folder where somebody happened to start it.
     worker = [sys.executable, "-P", "-m", "client.worker", str(site_dir)]
     return [
-        Program("node", node, environment, restart_seconds=NODE_SECONDS[0], most_seconds=NODE_SECONDS[1]),
+        Program(
+            "node", node, {**environment, **environment_of(proxy, os.environ)}, restart_seconds=NODE_SECONDS[0],
+            most_seconds=NODE_SECONDS[1],
+        ),
         Program("worker", worker, environment, end_seconds=WORKER_END_SECONDS),
     ]
 
@@ -85,6 +93,8 @@ def check_can_start(site_dir: Path) -> list[str]:
     SigningKey.read(site_dir / SIGNING)
     read_node_key(site_dir / NODE)
     open_channel(site_dir, config.site_id)
+    proxy_of(config, federation.address, os.environ)
+    trusted(site_dir)
     open_account(site_dir)
     if not (data := site_dir / config.data).exists():
         raise DataError(f"the data of the site are not at {data}", hint="mount them, or edit site.toml")

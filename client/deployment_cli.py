@@ -1,6 +1,7 @@
-"""`fedcanvas client start`, `stop`, `status`: a site at work in a federation.
+"""`fedcanvas client start`, `stop`, `status`, `trust`: a site at work in a federation.
 
-The commands stand in the group of `client.cli`. Not here: what they do (`client.deployment`, `client.status`).
+The commands stand in the group of `client.cli`. Not here: what they do (`client.deployment`, `client.status`,
+`client.network`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from shared.cli import group_command, printable, say, warn
+from shared.errors import UsageError
 
 if TYPE_CHECKING:
     from client.status import Connection
@@ -81,6 +83,42 @@ def status(site_dir: Site, as_json: AsJson = False) -> None:
         _print_json(about)
     else:
         _print(_status_lines(site_dir, about))
+
+
+@group_command(commands, "trust", "an institution's own authority, where it opens TLS at its border")
+def trust(
+    site_dir: Site,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", hidden=True)] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Trust the federation's authority alone again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Trust the authorities in FILE (PEM) beside the federation's own, from the next start on, instead of earlier ones.
+
+    Only where the institution's TLS inspection cannot be told to let the federation's server through. Whoever holds
+    such an authority can read instructions and stand in for server and node on the way; it can neither read replies
+    nor make one, nor an instruction that is answered.
+    """
+    from client.network import also_trust, trust_no_other
+    from client.settings import SiteConfig
+
+    SiteConfig.read(site_dir)
+    if remove == (file is not None):
+        raise UsageError("name a FILE, or --remove", hint="`fedcanvas client trust --help` explains both")
+    if file is None:
+        was = trust_no_other(site_dir)
+        if as_json:
+            _print_json({"removed": was})
+        else:
+            _print(["the federation's authority alone is trusted" + ("" if was else ", as before")])
+        return
+    found = also_trust(site_dir, file)
+    if as_json:
+        _print_json({"trusted": [vars(authority) for authority in found]})
+        return
+    _print([
+        *(f"trusted too: {one.name}, until {one.ends}, SHA-256 {one.sha256}" for one in found),
+        "from the next start on",
+    ])  # fmt: skip
 
 
 def _status_lines(site_dir: Path, about: dict[str, Any]) -> list[str]:

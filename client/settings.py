@@ -44,6 +44,9 @@ class SiteConfig(Section):
     slot_seconds: float = Field(
         SLOT_SECONDS, ge=0, le=3600, description="Seconds; a deployed site answers at the end of such a slot."
     )
+    https_proxy: str | None = Field(
+        None, min_length=1, description="Proxy to the federation's server, http://HOST:PORT; unset: HTTPS_PROXY."
+    )
     simulated_seed: int | None = Field(
         None, ge=0, lt=2**63, description="Simulations only: seeds the draw and the noise; a deployed site refuses it."
     )
