@@ -1,7 +1,7 @@
-"""`fedcanvas client start`, `stop`, `status`, `trust`: a site at work in a federation.
+"""`fedcanvas client start`, `stop`, `status`, `trust`, `doctor`: a site at work in a federation.
 
 The commands stand in the group of `client.cli`. Not here: what they do (`client.deployment`, `client.status`,
-`client.network`).
+`client.network`, `client.doctor`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import typer
 
 from shared.cli import group_command, printable, say, warn
 from shared.errors import UsageError
+from shared.progress import StepProgress
 
 if TYPE_CHECKING:
     from client.status import Connection
@@ -117,8 +118,36 @@ def trust(
         return
     _print([
         *(f"trusted too: {one.name}, until {one.ends}, SHA-256 {one.sha256}" for one in found),
-        "from the next start on",
+        f"from the next start on; `fedcanvas client doctor {shlex.quote(str(site_dir))}` tells whether it is met",
     ])  # fmt: skip
+
+
+@group_command(commands, "doctor", "everything that could be wrong, looked at; and what to do")
+def doctor(
+    site_dir: Site,
+    skip_data: Annotated[
+        bool, typer.Option("--skip-data", help="Do not open the data: decoding may take long.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything of SITE_DIR that could keep it from answering: its files, its clock, the way to the server.
+
+    Exit code 0 when nothing failed, else that of the first failure. Nothing that depends on the data is sent.
+    """
+    from client.doctor import examine
+
+    found = []
+    for finding in examine(site_dir, with_data=not skip_data, progress=StepProgress("decoding pictures")):
+        found.append(finding)
+        if not as_json:
+            _print([f"{finding.state:<8} {finding.check:<12} {finding.words}"])
+            if finding.next:
+                _print([f"{'':<21} -> {finding.next}"])
+    failed = [finding for finding in found if finding.state == "failed"]
+    if as_json:
+        _print_json({"site": str(site_dir), "findings": [vars(finding) for finding in found], "failed": len(failed)})
+    if failed:
+        raise typer.Exit(failed[0].code)
 
 
 def _status_lines(site_dir: Path, about: dict[str, Any]) -> list[str]:

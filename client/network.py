@@ -6,7 +6,7 @@
     https-proxy in site.toml        or HTTPS_PROXY and NO_PROXY of the environment of `client start`
 
 Whoever holds an authority that is trusted here can stand in for the server and for the node; what such a one sees and
-can do is in docs/site-guide.md. It is decided once, here, and the node is told so.
+can do is in docs/site-guide.md. It is decided once, here, and the node is told so; `client.doctor` goes the same way.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 # Inside a package the arrow points down this list; a module that is not named stands at the bottom.
 LEVELS = {
     "client": [
-        "client.cli", "client.deployment_cli", "client.deployment", "client.worker", "client.status",
+        "client.cli", "client.deployment_cli", "client.doctor", "client.deployment", "client.worker", "client.status",
         "client.receipts", "client.spending", "client.app", "client.ownership", "client.query", "client.enrolment",
         "client.site", "client.gate",
     ],
