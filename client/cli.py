@@ -3,7 +3,7 @@
     init, join, check-data      a site and its lineage of records, begun; its keys for a federation
     policy, runs, approve, deny what may happen here, and what a person decides
     ledger, receipts            what was spent, and what left
-    start, stop, status         a site at work; with trust and doctor in `client.deployment_cli`
+    start, stop, status         a site at work; with trust, doctor, leave in `client.deployment_cli`
 
 Results go to standard output and are for the person at the site: counts of records among them never leave otherwise.
 No command here opens a connection. Not here: the figures themselves (`client.spending`, `client.data_check`), the page

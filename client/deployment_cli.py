@@ -1,7 +1,7 @@
-"""`fedcanvas client start`, `stop`, `status`, `trust`, `doctor`: a site at work in a federation.
+"""`fedcanvas client start`, `stop`, `status`, `trust`, `doctor`, `leave`: a site at work in a federation.
 
 The commands stand in the group of `client.cli`. Not here: what they do (`client.deployment`, `client.status`,
-`client.network`, `client.doctor`).
+`client.network`, `client.doctor`, `client.leaving`).
 """
 
 from __future__ import annotations
@@ -148,6 +148,56 @@ def doctor(
         _print_json({"site": str(site_dir), "findings": [vars(finding) for finding in found], "failed": len(failed)})
     if failed:
         raise typer.Exit(failed[0].code)
+
+
+@group_command(commands, "leave", "give up the membership: its keys go, the account of the records stays")
+def leave(
+    site_dir: Site, yes: Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Leave the federation with SITE_DIR: end its processes, remove its keys and what else belongs to the membership.
+
+    The ledger stays, and so do receipts, policy, decisions and data. A leaving that was cut off is ended by leaving
+    again; to come back the site joins anew, with new keys.
+    """
+    from client.leaving import leave as leave_federation
+    from client.leaving import may_be_deleted, membership
+    from client.settings import SiteConfig
+
+    config, known = SiteConfig.read(site_dir), membership(site_dir)
+    ledger = (site_dir / config.store / config.lineage / "ledger.jsonl").resolve()
+    whose = f"federation {known.federation}" if known.federation else "its federation"
+    if known.names:
+        say(f"site {config.site_id} leaves {whose}: its keys are removed and cannot be had back")
+        if not yes and not typer.confirm("leave?", default=False, err=True):
+            raise UsageError("nothing was changed", hint="--yes leaves without asking")
+    leave_federation(site_dir)
+    deletable = may_be_deleted(site_dir)
+    if as_json:
+        _print_json({
+            "site": str(site_dir), "site_id": config.site_id, "federation": known.federation or None,
+            "fingerprint": known.fingerprint or None, "removed": known.names, "ledger": str(ledger),
+            "may_be_deleted": list(deletable),
+        })  # fmt: skip
+        return
+    if not known.names:
+        _print([f"site {config.site_id} belongs to no federation; nothing was changed"])
+        return
+    quoted = shlex.quote(str(site_dir))
+    keys = f", whose keys have the fingerprint {known.fingerprint}" if known.fingerprint else ""
+    _print([
+        f"site {config.site_id} has left {whose}; removed from {site_dir}: {', '.join(known.names)}",
+        "what remains to be done:",
+        f"  tell the operator, who ends the site's part with `fedcanvas server revoke DIR {config.site_id}`{keys}",
+        *([f"  close its open runs: fedcanvas client ledger {quoted} --leave-federation {known.federation}"]
+          if known.federation else []),
+        f"  take it out of `federations` in {site_dir / 'policy.toml'}, and disable a systemd unit of this site",
+        "what must stay as long as the data exist:",
+        f"  {ledger}: what was spent on these records is spent for ever, and without it would be spent again",
+        f"  {site_dir}: site.toml, anchor*.json, policy.toml, runs/, refusals.jsonl, site.log",
+        *(["what can be deleted:"] if deletable else []),
+        *(f"  {place}: {what}" for place, what in deletable.items()),
+    ])  # fmt: skip
 
 
 def _status_lines(site_dir: Path, about: dict[str, Any]) -> list[str]:
