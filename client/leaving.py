@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.account import REPLIES
-from client.joining import AUTHORITY, REQUEST
-from client.membership import FEDERATION, NODE, SIGNING, read_federation
+from client.joining import AUTHORITY
+from client.membership import FEDERATION, NODE, REQUEST, SIGNING, read_federation
 from client.network import ALSO_TRUSTED, TRUSTED
 from client.settings import SiteConfig
 from shared import flower_runtime as runtime

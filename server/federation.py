@@ -43,6 +43,7 @@ FEDERATION, KEYS = "federation.json", "aggregator-keys.json"
 IDENTITY = "keys/identity.pem"
 AUTHORITY, AUTHORITY_KEY = "keys/authority.crt", "keys/authority.key"
 CERTIFICATE = CERTIFICATE_KEY = "keys/server.pem"
+USES_KEYS = ("proxy", "worker")  # programs of `server.deployment` that read keys when they start
 SITES, REVOKED, LOCK = "sites", "revoked", "lock"
 LOOPBACK = ("localhost", "127.0.0.1")  # the server's own processes call it by these
 

@@ -132,8 +132,15 @@ def revoke(
 
 @group_command(server, "rotate", "new keys and a new certificate; sites need no new kit")
 def rotate(folder: Folder, passphrase_file: PassphraseFile = None, as_json: AsJson = False) -> None:
-    """Make new keys of the aggregator and a new TLS certificate; sites take them up with the next instruction."""
+    """Make new keys of the aggregator and a new TLS certificate; sites take them up with the next instruction.
+
+    A server that is started begins to use them at once: its proxy and its worker start again, and a run goes on.
+    """
+    from server.federation import USES_KEYS
+    from shared.supervisor import restart
+
     keys = _open(folder).rotate(passphrase=_passphrase(passphrase_file))
+    restart(folder, USES_KEYS)
     until = keys.not_after.isoformat()
     typer.echo(
         json.dumps({"serial": keys.serial, "not_after": until}) if as_json

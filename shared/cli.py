@@ -158,9 +158,9 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as ended:
         return ended.exit_code
     except click.ClickException as error:
-        return _fail(_usage_error(error))
+        return fail(_usage_error(error))
     except FedCanvasError as error:
-        return _fail(error)
+        return fail(error)
     except KeyboardInterrupt as stopped:
         return _stopped(stopped)
     except click.Abort:
@@ -171,7 +171,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.filename is None:
             raise  # not about a file that someone named: a bug shows where it is
-        return _fail(FedCanvasError(f"{error.filename}: {(error.strerror or str(error)).lower()}"))
+        return fail(FedCanvasError(f"{error.filename}: {(error.strerror or str(error)).lower()}"))
 
 
 def say(message: str = "") -> None:
@@ -188,7 +188,8 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
-def _fail(error: FedCanvasError) -> int:
+def fail(error: FedCanvasError) -> int:
+    """Tells a person, on stderr; the exit code."""
     say(f"error: {error.message}")
     if error.hint:
         say(f"hint: {error.hint}")

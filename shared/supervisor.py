@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -268,6 +268,14 @@ def stop(folder: Path, *, seconds: float = STOP_SECONDS) -> bool:
             raise FederationError(f"the supervisor of {folder} does not end", hint=f"kill -9 {pid}")
         time.sleep(POLL_SECONDS)
     return told
+
+
+def restart(folder: Path, programs: Collection[str]) -> None:
+    """Ends these programs of `folder`, which its supervisor starts again; nothing where none lives."""
+    for name, about in (status(folder) or {}).get("programs", {}).items():
+        if name in programs and about["pid"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(about["pid"], signal.SIGTERM)
 
 
 def is_held(folder: Path) -> bool:
