@@ -22,7 +22,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 demo demo-check: export MALLOC_MMAP_THRESHOLD_ := 1000000000
 demo demo-check: export MALLOC_TRIM_THRESHOLD_ := 2000000000
 
-.PHONY: help demo test test-slow test-all lint docs demo-check clean
+.PHONY: help demo federation test test-slow test-all lint docs demo-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1|\2/' | column -t -s '|'
@@ -30,6 +30,10 @@ help:  ## this list
 # --resume: an interrupted demo goes on, a finished one shows its result again.
 demo: .venv/installed  ## train on made shapes at four simulated sites, privately; ends with pictures in runs/demo
 	$(BIN)/fedcanvas simulate demo --out runs/demo --resume
+
+federation: .venv/installed-server  ## a server and three sites as processes of this machine, over TLS; ends with pictures
+	rm -rf runs/federation
+	$(BIN)/python -m simulations.rehearsal runs/federation
 
 test: .venv/installed-dev  ## the test suite without the slow tests
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
@@ -63,6 +67,10 @@ clean:  ## remove .venv, caches and builds; runs/ stays
 		|| { echo "error: fedcanvas needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
+	touch $@
+
+.venv/installed-server: .venv/installed
+	$(PIP) --quiet --editable '.[server]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

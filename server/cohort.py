@@ -45,7 +45,7 @@ from shared.records import (
 POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 15.0  # Ray takes some ten to start
 LOOK_SECONDS = 1.0  # between looks at which nodes are there
-AGAIN_SECONDS, MOST_AGAIN_SECONDS = 5.0, 60.0  # before a site is asked the same again; doubles
+AGAIN_SECONDS, MOST_AGAIN_SECONDS = 5.0, 30.0  # before a site is asked the same again; doubles
 AGAIN_ROUNDS = 10  # before a site that refused for good is asked once more: its people may have mended it
 NEVER = 10**9  # as a round
 MOST_SECONDS_ON_THE_WAY = 86_400.0  # of a message

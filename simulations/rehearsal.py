@@ -31,7 +31,7 @@ from simulations.shapes import make_shapes
 
 SITES = ("site-a", "site-b", "site-c")
 RECORDS = 5000  # of a site
-SLOT_SECONDS = 2  # 10 is usual, and would be most of a round here
+SLOT_SECONDS = 5  # 10 is usual, and would be most of a round here
 WAIT_SECONDS = 120.0
 RUN = "shapes"
 SETTINGS = """\
@@ -42,7 +42,7 @@ delta = 1e-5
 sampling-rate = 0.1
 [federation]
 rounds = {rounds}
-local-steps = 8
+local-steps = 16
 fewest-sites = 2
 published-records = 15000
 [discriminator]
@@ -141,10 +141,10 @@ class Rehearsal:
         for site in SITES:
             self.type("client", "status", site)
             self.type("client", "ledger", site)
-        self.type("client", "receipts", SITES[0], "--out", "receipts.html")
+        self.type("client", "receipts", SITES[0], "--html", "receipts.html")
 
 
-def rehearse(folder: Path, *, rounds: int = 24) -> None:
+def rehearse(folder: Path, *, rounds: int = 12) -> None:
     """Everything, into a new folder.
 
     Raises:
@@ -182,7 +182,7 @@ def main() -> None:
     from shared.errors import FedCanvasError
 
     try:
-        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 24)
+        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 12)
     except FedCanvasError as error:
         sys.exit(fail(error))
 

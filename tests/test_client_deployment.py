@@ -30,7 +30,7 @@ from client.joining import AUTHORITY
 from client.membership import NODE, SIGNING
 from client.status import read_connection
 from client.worker import Ending
-from server.rounds import opened
+from server.cohort import opened
 from shared.app_bundle import digest_of_bundle
 from shared.cli import run
 from shared.protection.keys import read_node_key, write_node_key

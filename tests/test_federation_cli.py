@@ -47,7 +47,10 @@ def test_from_init_to_a_roster_with_one_site(here: Path, capsys: pytest.CaptureF
     admitted = printed(capsys, "server", "admit", "fed", "site/request.json", "--yes")
     assert admitted == {"site": "st-anna", "fingerprint": joined["fingerprint"]}
     status = printed(capsys, "server", "status", "fed")
-    assert status["sites"] == [admitted]
+    assert [(site["site"], site["fingerprint"], site["online"]) for site in status["sites"]] == [
+        ("st-anna", joined["fingerprint"], False)
+    ]
+    assert status["started"] is False
     assert (status["keys"]["serial"], status["warnings"]) == (1, [])
     assert printed(capsys, "server", "rotate", "fed")["serial"] == 2
     assert printed(capsys, "server", "revoke", "fed", "st-anna", "--yes")["fingerprint"] == joined["fingerprint"]

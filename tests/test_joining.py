@@ -21,8 +21,8 @@ from toy_federation import make_sites, toy_policy
 import client.worker
 from client.joining import Joined, join
 from client.site import forget_site
+from server.cohort import opened
 from server.federation import CERTIFICATE, CERTIFICATE_KEY, FederationFolder, split_address
-from server.rounds import opened
 from shared.errors import FederationError, TrustError, UsageError
 from shared.protection.federation import SiteKeys
 from shared.protection.keys import read_node_key

@@ -36,7 +36,7 @@ LEVELS = {
         "client.receipts", "client.spending", "client.app", "client.ownership", "client.query", "client.enrolment",
         "client.site", "client.gate",
     ],
-    "server": ["server.cli", "server.worker", "server.app", "server.rounds", "server.cohort"],
+    "server": ["server.cli", "server.deployment_cli", "server.worker", "server.app", "server.rounds", "server.cohort"],
 }
 
 # A library that is slow to load, or that has to be trusted, is met in one place.
