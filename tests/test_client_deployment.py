@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployed_site import CHEAP, OPEN, ask, instruction
+from deployed_site import CHEAP, OPEN, instruction
 from flower_processes import ROOT, Flower, eventually, flower, free_port, listens
 from flwr.common.serde import recorddict_to_proto
-from joined_sites import Operator, signed
+from joined_sites import Operator, sent, signed
 from test_site_processes import pid_of
 from test_supervisor import alive
 from test_worker import hostile_bundle, kinds, send
@@ -179,12 +179,13 @@ def test_the_connection_is_what_the_node_s_last_words_say(said: tuple[str, ...],
 
 
 def test_a_stopped_site_tells_its_budget_its_answers_and_what_waits(
-    site: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    site, operator = joined_site(tmp_path)
     for server_round in (1, 2):
-        assert ask(site, CONFIG, server_round=server_round) is None
+        sent(site, signed(operator.channel, instruction(CONFIG, server_round=server_round)))
     (site / "policy.toml").write_text(toy_policy(**OPEN, approve_each_run=True).to_toml())
-    assert ask(site, CONFIG, run_id="next") is not None
+    sent(site, signed(operator.channel, instruction(CONFIG, run_id="next")))
     with (site / "site.log").open("a") as log:
         log.write("2026-11-26T21:40:00+00:00 incident: the answer missed 2 slot(s) of 10 s\n")
     found = status_of(site, capsys)
