@@ -1,0 +1,231 @@
+"""Whole federations as they are deployed: runs, what the relay sees, kills of everything, revocation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deployed_federation import DeployedFederation
+from flower_processes import eventually
+from safetensors.numpy import load_file
+from scipy.optimize import brentq
+from scipy.stats import chi2, kstest, norm
+
+from client.deployment import programs as site_programs
+from shared.rundir import RunDirectory, load_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedFederation]:
+    with DeployedFederation(tmp_path_factory.mktemp("federation")) as made:
+        yield made
+
+
+def epsilon_of_gaussians(sigma: float, count: int, delta: float) -> float:
+    """Of `count` Gaussian mechanisms of noise multiplier `sigma`. Source: Balle & Wang 2018, Theorem 8."""
+    mu = math.sqrt(count) / sigma
+
+    def excess(epsilon: float) -> float:
+        a, b = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
+        return float(norm.cdf(a) - math.exp(epsilon) * norm.cdf(b)) - delta
+
+    return float(brentq(excess, 1e-9, 100.0))
+
+
+def charged(deployed: DeployedFederation, site: Path, run_id: str) -> list[dict[str, object]]:
+    return [one for one in deployed.entries(site) if one["kind"] == "charge" and one["run"] == run_id]
+
+
+def committed(deployed: DeployedFederation, site: Path, run_id: str) -> list[int]:
+    return [one["server_round"] for one in deployed.entries(site) if one["kind"] == "commit" and one["run"] == run_id]
+
+
+def run_id(deployed: DeployedFederation, name: str) -> str:
+    return RunDirectory.open(deployed.queue[name].path).run_id
+
+
+def sums_of(run: Path) -> list[np.ndarray]:
+    """Round by round, in lattice units, as the sites sent them."""
+    return [load_file(file)["total"] for file in sorted((run / "releases").iterdir())]
+
+
+def test_a_run_ends_with_a_model_and_each_site_was_asked_once_a_round(deployed: DeployedFederation) -> None:
+    deployed.begin("first", {"federation.rounds": 3})
+    run = deployed.finish("first")
+    assert run.state == "finished", run.reason
+    assert load_model(run.path).card["run_id"] == run_id(deployed, "first")
+    result = json.loads((run.path / "result.json").read_text())
+    assert result["sites"] == ["site-0", "site-1", "site-2"]
+    for site in deployed.sites:
+        assert [one["server_round"] for one in charged(deployed, site, run_id(deployed, "first"))] == [1, 2, 3]
+        assert deployed.seen(site.name)["answered"] == 3
+    for name in ("sheet.png", "report.html", "model/generator.safetensors"):
+        assert (run.path / name).stat().st_size > 1000
+
+
+def test_the_relay_holds_what_goes_down_and_nothing_of_what_comes_up(deployed: DeployedFederation) -> None:
+    """With one site the sum is that site's payload: what the aggregator opened must not be anywhere in the relay."""
+    deployed.begin("seen", {"federation.rounds": 4, "federation.published-records": 32}, deployed.sites[:1])
+    database, held = deployed.folder / "run/superlink.db", set[bytes]()
+    path = deployed.queue["seen"].path
+    sums: dict[str, bytes] = {}
+
+    def look() -> None:
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=1)
+        try:
+            held.update(bytes(row[0]) for row in connection.execute("SELECT content FROM objects") if row[0])
+        except sqlite3.OperationalError:
+            pass  # it is being written
+        finally:
+            connection.close()
+        for file in path.glob("releases/*"):
+            try:
+                sums.setdefault(file.name, load_file(file)["total"].tobytes())
+            except Exception:  # being written, or gone
+                continue
+
+    assert deployed.finish("seen", each=look).state == "finished"
+    assert len(sums) >= 3
+    everything = b"".join(held)
+    files = [database, *deployed.folder.glob("run/superlink.db*"), *deployed.folder.glob("logs/*")]
+    everything += b"".join(file.read_bytes() for file in files)
+    assert any(content[:4] == b"FCS1" or b"FCS1" in content for content in held)  # sealed answers were there
+    config = RunDirectory.open(path).config.to_json().encode()
+    assert config in everything  # the control: what goes down in clear is found by the same search
+    for total in sums.values():
+        assert len(total) > 1000
+        for start in range(0, len(total) - 16, 64):
+            assert total[start : start + 16] not in everything
+    for word in (b"red", b"green", b"blue"):
+        assert b'class_names": ["' + word not in everything
+    assert b"x_train" not in everything
+
+
+def test_a_deployed_run_and_one_in_this_process_are_equal_in_distribution(
+    deployed: DeployedFederation, tmp_path: Path
+) -> None:
+    """Every record is in every step (q = 1), so the two sums of the first round differ by their noise alone."""
+    from toy_federation import PROMPTS, make_sites, toy_policy
+
+    from server.app import serve
+    from server.cohort import Cohort
+    from shared.observer import SilentObserver
+    from simulations.engines import LocalGrid
+
+    deployed.begin("alike", {"federation.rounds": 3, "compute.checkpoint-every": 100})
+    run = deployed.finish("alike")
+    there = sums_of(run.path)
+    opened = RunDirectory.open(run.path)
+    config, plan = opened.config, load_model(run.path).card["plan"]
+
+    open_policy = toy_policy(max_sampling_rate=1.0, federations=["toy"])
+    sites = make_sites(tmp_path / "sites", sizes=(40, 40, 40), seed=None, policy=open_policy)
+    from client.app import make_app
+
+    grid = LocalGrid(make_app(), sites=3, parallel_sites=1)
+    for context, site in zip(grid._contexts.values(), sites, strict=True):
+        context.node_config["site-dir"] = str(site)
+    again = RunDirectory.create(tmp_path / "run", config=config, prompts=PROMPTS.texts, entropy="system")
+    with again, grid:
+        serve(Cohort(grid, config.federation, SilentObserver()), again, SilentObserver())
+        here = sums_of(again.path)
+    assert len(there) == len(here) == 3
+    # Noise of one site in lattice units; three sites a sum, two sums a difference.
+    sigma = plan["noise_multiplier"] * plan["clipping_norm"] / plan["lattice"]
+    difference = (there[0] - here[0]) / (sigma * math.sqrt(6))
+    low, high = chi2.ppf([1e-6, 1 - 1e-6], len(difference))
+    assert low < float(np.sum(difference**2)) < high
+    assert abs(float(difference.mean())) * math.sqrt(len(difference)) < 5
+    for one, other in zip(there[1:], here[1:], strict=True):
+        assert kstest(one / sigma, other / sigma).pvalue > 1e-6
+
+
+def test_everything_may_be_killed_and_no_spend_is_under_counted(deployed: DeployedFederation) -> None:
+    rounds = 7
+    deployed.begin("killed", {"federation.rounds": rounds, "federation.fewest-sites": 2})
+    killed = [
+        (deployed.folder, "superlink"), (deployed.folder, "worker"), (deployed.folder, "proxy"),
+        (deployed.sites[0], "worker"), (deployed.sites[1], "node"),
+    ]  # fmt: skip
+    for server_round, (folder, program) in enumerate(killed, start=1):
+        deployed.reached("killed", server_round)
+        deployed.kill(folder, program)
+    run = deployed.finish("killed", seconds=400.0)
+    assert run.state == "finished", run.reason
+    name = run_id(deployed, "killed")
+    sums = len(json.loads((run.path / "result.json").read_text())["sites"])
+    assert sums == 3
+    for site in deployed.sites:
+        charges, commits = charged(deployed, site, name), committed(deployed, site, name)
+        # Every answer that may have left was charged before; a charge without its commit counts as spent.
+        assert len(charges) >= len(commits) >= len(set(commits)) >= rounds - 3
+        (reserved,) = (one for one in deployed.entries(site) if one["kind"] == "run" and one["run"] == name)
+        plan = reserved["plan"]
+        last = [one for one in deployed.entries(site) if one["kind"] == "commit" and one["run"] == name][-1]
+        exact = epsilon_of_gaussians(plan["noise_multiplier"], len(charges), plan["delta"])
+        assert last["epsilon_after"] >= exact * (1 - 1e-6)
+        assert last["epsilon_after"] <= reserved["epsilon"]
+    deployed.all_online()
+
+
+def test_a_site_that_hangs_costs_a_deadline_and_the_others_go_on(deployed: DeployedFederation) -> None:
+    hanging = deployed.sites[2]
+    deployed.begin(
+        "hangs", {"federation.rounds": 4, "federation.fewest-sites": 2, "federation.deadline-seconds": 20.0}
+    )
+    deployed.reached("hangs", 1)
+    pid = deployed.pid(hanging, "worker")
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        run = deployed.finish("hangs")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert run.state == "finished", run.reason
+    log = (deployed.folder / "logs/worker.log").read_text()
+    assert "no reply from site site-2 within 20 s; the round goes on with 2 sites" in log
+
+
+def test_a_revoked_site_is_out_at_once_and_a_site_restored_from_a_copy_of_its_keys_stays_out(
+    deployed: DeployedFederation,
+) -> None:
+    out = deployed.sites[2]
+    deployed.begin("revoked", {"federation.rounds": 4, "federation.fewest-sites": 2})
+    deployed.reached("revoked", 1)
+    deployed.federation.revoke(out.name)
+    run = deployed.finish("revoked")
+    assert run.state == "finished", run.reason
+    answered = committed(deployed, out, run_id(deployed, "revoked"))
+    assert 4 not in answered
+    # Its node is not let in again, however often it starts.
+    deployed.kill(out, "node")
+    log = out / "logs/node.log"
+    eventually(lambda: "2004" in log.read_text().rpartition("signal 9")[2], "the refusal", 90.0)
+    assert "SuperNode ID: " not in log.read_text().rpartition("signal 9")[2]
+
+
+def test_two_nodes_with_one_key_are_not_two_sites(deployed: DeployedFederation, tmp_path: Path) -> None:
+    """A copy of a site on another machine: the server lets one of the two in, and the other is refused."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(deployed.sites[0], copy, ignore=shutil.ignore_patterns("run", "logs"))
+    time.sleep(1)
+    deployed.start(copy, site_programs(copy))
+    try:
+        log = copy / "logs/node.log"
+        eventually(lambda: log.exists() and "2004" in log.read_text(), "the refusal", 90.0)
+        assert "SuperNode ID: " not in log.read_text()
+        assert deployed.seen("site-0")["online"]
+    finally:
+        deployed.stop(copy)
