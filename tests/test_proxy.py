@@ -232,6 +232,13 @@ def test_tls_is_1_2_or_newer_as_openssl_sees_it(
     assert ("Verify return code: 0 (ok)" in found.stdout and found.returncode == 0) is spoken, found.stderr
 
 
+def test_the_log_holds_no_head_since_a_node_is_known_by_what_stands_there(proxy: tuple[Path, int, list[str]]) -> None:
+    assert asked(proxy, SITES_PATHS[0], Flwr_Signature="aSignatureThatIsValidForMinutes") == 200
+    log = proxy[0] / "proxy.log"
+    eventually(lambda: f'"uri":"{SITES_PATHS[0]}"' in log.read_text(), "a line of the log", 5.0)
+    assert "aSignatureThatIsValidForMinutes" not in log.read_text()
+
+
 def test_the_configuration_has_no_way_to_be_changed_from_outside(proxy: tuple[Path, int, list[str]]) -> None:
     assert json.loads((proxy[0] / PROXY).read_text())["admin"]["disabled"] is True
     assert not listens(2019)  # where Caddy has its admin API by default
