@@ -46,10 +46,14 @@ def listens(port: int) -> bool:
 
 
 class Flower:
-    """A SuperLink in `folder`, and what a test starts beside it; everything is ended with the context."""
+    """A SuperLink in `folder`, and what a test starts beside it; everything is ended with the context.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    Args:
+        names: that its certificate is for, beside this machine's own.
+    """
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.folder, self.port, self.names = folder, free_port(), names
         self._started = ExitStack()
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # Flower starts its own by name
         self.environment = {
@@ -61,7 +65,7 @@ class Flower:
         (folder / "home").mkdir(parents=True)
         make_authority("test", certificate=folder / "ca.crt", key=folder / "ca.key")
         issue_server_certificate(
-            ["localhost", "127.0.0.1"], authority=folder / "ca.crt", authority_key=folder / "ca.key",
+            ["localhost", "127.0.0.1", *self.names], authority=folder / "ca.crt", authority_key=folder / "ca.key",
             certificate=folder / "server.pem", key=folder / "server.key",
         )  # fmt: skip
         write_private(folder / "secret", secrets.token_hex(32).encode())
@@ -134,8 +138,8 @@ class Flower:
 
 
 @contextmanager
-def flower(folder: Path) -> Iterator[Flower]:
-    with Flower(folder) as made:
+def flower(folder: Path, *names: str) -> Iterator[Flower]:
+    with Flower(folder, *names) as made:
         yield made
 
 

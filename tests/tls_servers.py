@@ -64,6 +64,17 @@ def certificate(
     return Pair(made.sign(by.key if by else key, hashes.SHA256()), key)
 
 
+def write_pair(folder: Path, pair: Pair) -> ssl.SSLContext:
+    """What a server with this certificate speaks TLS with; its files are written to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "server.pem").write_text(pair.pem)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "server.key").write_bytes(pair.key.private_bytes(*form))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    return context
+
+
 @dataclass
 class Server:
     """What it was asked, and where it is.
@@ -82,12 +93,7 @@ class Server:
 @contextmanager
 def tls_server(folder: Path, pair: Pair, **about: object) -> Iterator[Server]:
     """Speaks TLS with this certificate and HTTP within."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "server.pem").write_text(pair.pem)
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "server.key").write_bytes(pair.key.private_bytes(*form))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    context = write_pair(folder, pair)
     usual: dict[str, object] = {"answers": {"/v1/fleet/pull-messages": 401, "/v1/control/list-nodes": 403}}
 
     def answer(raw: socket.socket) -> None:
@@ -170,9 +176,11 @@ def connect_proxy(leads: dict[str, tuple[str, int]], *, login: str = "") -> Iter
         yield proxy
 
 
-def copy(source: socket.socket, to: socket.socket) -> None:
+def copy(source: socket.socket, to: socket.socket, record: bytearray | None = None) -> None:
     with contextlib.suppress(OSError):
         while piece := source.recv(2**16):
+            if record is not None:
+                record += piece
             to.sendall(piece)
     with contextlib.suppress(OSError):
         to.shutdown(socket.SHUT_WR)
