@@ -29,7 +29,6 @@ from shared.supervisor import (
     is_held,
     log_lines,
     status,
-    stop,
     supervise,
     until_told,
 )
@@ -120,8 +119,8 @@ def start(site_dir: Path, *, form: LogFormat = "text") -> Connection:
     made = detach(command, site_dir)
     try:
         ready = made.wait_until(lambda: _is_ready(site_dir), seconds=START_SECONDS)
-    except FederationError:
-        stop(site_dir)
+    except BaseException:  # also a person who does not want to wait
+        made.end()
         raise
     if not ready:
         raise FederationError(

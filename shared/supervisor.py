@@ -304,16 +304,18 @@ def log_lines(folder: Path, name: str) -> list[LogLine]:
     return [line for text in content.decode("utf-8", "replace").splitlines() if (line := _parsed(text)) is not None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Detached:
     """A process that goes on when this one and its terminal are gone.
 
     Attributes:
         log: what it says.
+        ended: its exit code, once that was seen.
     """
 
     pid: int
     log: Path
+    ended: int | None = None
 
     def wait_until(self, true: Callable[[], bool], *, seconds: float) -> bool:
         """Whether it came true in time.
@@ -323,19 +325,31 @@ class Detached:
         """
         until = time.monotonic() + seconds
         while not true():
-            ended, how = os.waitpid(self.pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(how)
+            if self._look() is not None:
                 said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
                 words = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
                 raise FederationError(
-                    f"it ended with code {code}: {printable(words.removeprefix('error: ')) or 'without a word'}",
+                    f"it ended with code {self.ended}: {printable(words.removeprefix('error: ')) or 'without a word'}",
                     hint=f"{self.log} has what it said",
                 )
             if time.monotonic() > until:
                 return False
             time.sleep(POLL_SECONDS)
         return True
+
+    def end(self) -> None:
+        """Tells it to end, and waits; another supervisor of its folder is left alone."""
+        until = time.monotonic() + STOP_SECONDS
+        if self._look() is None:
+            os.kill(self.pid, signal.SIGTERM)
+        while self._look() is None and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+
+    def _look(self) -> int | None:
+        if self.ended is None:
+            pid, how = os.waitpid(self.pid, os.WNOHANG)
+            self.ended = os.waitstatus_to_exitcode(how) if pid else None
+        return self.ended
 
 
 def detach(command: Sequence[str], folder: Path) -> Detached:

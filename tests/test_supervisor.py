@@ -288,6 +288,23 @@ def test_what_does_not_come_about_in_time_is_no_error(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(made.pid, 0)[1]) == -signal.SIGKILL
 
 
+def test_a_detached_process_is_ended_by_who_started_it_and_no_other_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    first = detach([sys.executable, "-c", SUPERVISOR, str(tmp_path)], tmp_path)
+    assert first.wait_until(lambda: bool((status(tmp_path) or {}).get("programs")), seconds=30)
+    second = detach([sys.executable, "-c", SUPERVISOR, str(tmp_path)], tmp_path)
+    with pytest.raises(FederationError, match="started already"):
+        second.wait_until(lambda: False, seconds=30)
+    second.end()
+    assert is_held(tmp_path)
+    first.end()
+    assert first.ended == 0
+    assert not is_held(tmp_path)
+    assert not alive(first.pid)
+
+
 def test_a_supervisor_that_is_told_to_end_ends_with_code_0(tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         process = subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path)], cwd=ROOT)
