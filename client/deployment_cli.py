@@ -184,12 +184,12 @@ def leave(
         _print([f"site {config.site_id} belongs to no federation; nothing was changed"])
         return
     quoted = shlex.quote(str(site_dir))
-    keys = f", whose keys have the fingerprint {known.fingerprint}" if known.fingerprint else ""
+    keys = f" (its keys were {known.fingerprint})" if known.fingerprint else ""
     _print([
         f"site {config.site_id} has left {whose}; removed from {site_dir}: {', '.join(known.names)}",
         "what remains to be done:",
-        f"  tell the operator, who ends the site's part with `fedcanvas server revoke DIR {config.site_id}`{keys}",
-        *([f"  close its open runs: fedcanvas client ledger {quoted} --leave-federation {known.federation}"]
+        f"  tell the operator: `fedcanvas server revoke DIR {config.site_id}` ends the site's part there{keys}",
+        *([f"  if runs are open: fedcanvas client ledger {quoted} --leave-federation {known.federation}"]
           if known.federation else []),
         f"  take it out of `federations` in {site_dir / 'policy.toml'}, and disable a systemd unit of this site",
         "what must stay as long as the data exist:",

@@ -158,8 +158,8 @@ def _policy(site_dir: Path) -> Iterator[Finding]:
 def _ledger(site_dir: Path) -> Iterator[Finding]:
     _, account = open_account(site_dir)
     for ledger in account.ledgers:
-        words = f"lineage {ledger.lineage.name}: {len(ledger.entries):,} lines, each as it was written"
-        yield Finding("ledger", "ok", f"{words}; the site's anchor fits")
+        words = f"lineage {ledger.lineage.name}: each of its {len(ledger.entries):,} lines is as it was written"
+        yield Finding("ledger", "ok", f"{words}, and the site's anchor fits")
 
 
 def _keys(site_dir: Path) -> Iterator[Finding]:
@@ -178,7 +178,7 @@ def _keys(site_dir: Path) -> Iterator[Finding]:
 
 
 def _disk(site_dir: Path, config: SiteConfig) -> Iterator[Finding]:
-    for path in (site_dir, site_dir / config.store):
+    for path in {path.stat().st_dev: path for path in (site_dir / config.store, site_dir) if path.exists()}.values():
         free = shutil.disk_usage(path).free
         words = f"{free / 1e9:,.1f} GB free on the disk of {path.resolve()}"
         if free < DISK_FULL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -214,26 +215,21 @@ def test_the_status_says_since_when(kept: Kept) -> None:
     assert abs((datetime.fromisoformat(found["since"]) - before).total_seconds()) < 5
 
 
-def test_looking_whether_it_is_started_never_keeps_it_from_starting(tmp_path: Path) -> None:
-    ending = threading.Event()
-    looking = [threading.Thread(target=look_until, args=(tmp_path, ending)) for _ in range(3)]
-    for thread in looking:
-        thread.start()
-    try:
-        for _ in range(20):
-            told = threading.Event()
-            told.set()
-            supervise(tmp_path, [], stopped=told)
-            assert not is_held(tmp_path)  # whoever looks besides does not count as one that keeps it
-    finally:
-        ending.set()
-        for thread in looking:
-            thread.join()
-
-
-def look_until(folder: Path, ending: threading.Event) -> None:
-    while not ending.is_set():
-        is_held(folder)
+def test_looking_whether_it_is_started_neither_keeps_it_from_starting_nor_misleads_who_looks_too(
+    tmp_path: Path,
+) -> None:
+    told = threading.Event()
+    told.set()
+    supervise(tmp_path, [], stopped=told)
+    with (tmp_path / "run/lock").open("r+") as looking:  # for longer than any look lasts
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not is_held(tmp_path)
+        threading.Timer(0.3, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        supervise(tmp_path, [], stopped=told)
+    made = Kept(tmp_path, sleeper("a"))
+    with (tmp_path / "run/lock").open("r+") as tried, pytest.raises(BlockingIOError):
+        fcntl.flock(tried, fcntl.LOCK_SH | fcntl.LOCK_NB)  # what a look is
+    made.end()
 
 
 SUPERVISOR = f"""
