@@ -24,6 +24,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from client.activity import note_activity
@@ -84,14 +85,14 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
         reply = app(message=message, context=context) if known else refuse_bundle(message, site_dir, digest)
         push_message(client, reply, context)
         status = "completed"
-    except Exception as error:
+    except (Exception, RunNotRunningException) as error:  # the latter is no Exception: the run was stopped meanwhile
         log_exception(site_dir, error)
     finally:
         if heartbeat.is_running:
             heartbeat.stop()
         try:
             push_task_output(client, context, status, details="")
-        except Exception as error:  # a run that was stopped meanwhile takes no output: the next task is another's
+        except (Exception, RunNotRunningException) as error:
             log_exception(site_dir, error)
         client.close()
 

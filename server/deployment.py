@@ -75,7 +75,7 @@ def programs(folder: Path, *, listen: str = "") -> list[Program]:
     return [
         Program("superlink", superlink, environment),
         Program("proxy", proxy, homes),
-        Program("worker", [sys.executable, "-m", "server.worker", str(folder)], environment, most_seconds=10.0),
+        Program("worker", [sys.executable, "-P", "-m", "server.worker", str(folder)], environment, most_seconds=10.0),
     ]
 
 

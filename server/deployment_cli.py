@@ -70,15 +70,21 @@ def start(
         return
     say("starting")
     options = ["--foreground", "--quiet", "--log-format", log_format, *(["--listen", listen] if listen else [])]
-    command = [sys.executable, "-m", "shared.cli", "server", "start", str(folder.resolve()), *options]
-    ready = detach(command, folder).wait_until(
-        lambda: bool(server_status(folder)["ready"]) and is_reachable(f"localhost:{port}"), seconds=START_SECONDS
-    )
-    if not ready:
-        raise FederationError(
-            f"{folder} does not come up: {server_status(folder)['trouble'] or 'no word of it'}",
-            hint=f"see {folder / 'logs'}; it is still tried: `fedcanvas server stop` ends that",
+    # -P: code lies where it is installed, never where somebody happens to stand.
+    python = [sys.executable, "-P", "-m", "shared.cli"]
+    made = detach([*python, "server", "start", str(folder.resolve()), *options], folder)
+    try:
+        ready = made.wait_until(
+            lambda: bool(server_status(folder)["ready"]) and is_reachable(f"localhost:{port}"), seconds=START_SECONDS
         )
+        if not ready:
+            raise FederationError(
+                f"{folder} does not come up: {server_status(folder)['trouble'] or 'no word of it'}",
+                hint=f"see {folder / 'logs'}; nothing was left running",
+            )
+    except BaseException:  # also a person who does not want to wait
+        made.end()
+        raise
     typer.echo(f"{folder} is started: sites find it at {opened.federation.address}; its logs are in {folder / 'logs'}")
 
 
