@@ -67,10 +67,18 @@ checkpoint-every = 5
 
 
 class Rehearsal:
-    """Types commands in `folder`, as people would."""
+    """Types commands in `folder`, as people would.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        settings: of the run, TOML.
+        records: of each site.
+        slot_seconds: of each site.
+    """
+
+    def __init__(
+        self, folder: Path, *, settings: str, records: int = RECORDS, slot_seconds: float = SLOT_SECONDS
+    ) -> None:
+        self.folder, self.settings, self.records, self.slot_seconds = folder, settings, records, slot_seconds
         self.environment = {**os.environ, "FEDCANVAS_STATE": str((folder / "lineages").resolve())}
 
     def type(self, *arguments: str, shown: bool = True) -> str:
@@ -90,10 +98,10 @@ class Rehearsal:
     def ask(self, *arguments: str) -> Any:
         return json.loads(self.type(*arguments, "--json", shown=False))
 
-    def begin(self, rounds: int) -> None:
+    def begin(self) -> None:
         """Keys, kits, data, sites."""
         for place, site in enumerate(SITES):
-            make_shapes(self.folder / "data" / site, count=RECORDS, seed=100 + place, image_size=32)
+            make_shapes(self.folder / "data" / site, count=self.records, seed=100 + place, image_size=32)
         address = f"localhost:{free_port()}"
         self.type("server", "init", "server", "--name", "rehearsal", "--address", address)
         for site in SITES:
@@ -103,10 +111,10 @@ class Rehearsal:
                 "--max-epsilon", "8.1", "--delta", "2e-5", "--yes",
             )  # fmt: skip
             settings = self.folder / site / "site.toml"
-            text = settings.read_text().replace("slot-seconds = 10.0", f"slot-seconds = {SLOT_SECONDS}.0")
+            text = settings.read_text().replace("slot-seconds = 10.0", f"slot-seconds = {float(self.slot_seconds)}")
             write_whole(settings, text.encode())
             self.type("server", "admit", "server", f"{site}/request.json", "--yes")
-        write_whole(self.folder / f"{RUN}.toml", SETTINGS.format(rounds=rounds).encode())
+        write_whole(self.folder / f"{RUN}.toml", self.settings.encode())
         prompts = (self.folder / "data" / SITES[0] / "prompts.txt").read_bytes()
         write_whole(self.folder / "prompts.txt", prompts)
 
@@ -155,8 +163,8 @@ def rehearse(folder: Path, *, rounds: int = 12) -> None:
         raise UsageError(f"{folder} is there already", hint=f"rm -r {shlex.quote(str(folder))}")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    rehearsal = Rehearsal(folder)
-    rehearsal.begin(rounds)
+    rehearsal = Rehearsal(folder, settings=SETTINGS.format(rounds=rounds))
+    rehearsal.begin()
     with rehearsal.started():
         rehearsal.type("server", "run", "server", f"{RUN}.toml")
         run_id = rehearsal.ask("server", "runs", "server")[0]["run_id"]

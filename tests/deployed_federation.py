@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +32,51 @@ NAME = "toy"
 ROUND_SECONDS = 60.0  # that a round may take here at most
 
 
+class Wire:
+    """Stands between the sites and the proxy, passes on what comes, and breaks when it is told to."""
+
+    def __init__(self, to: int) -> None:
+        self._to, self.cut_after, self.cuts = to, 0, 0  # bytes of one connection upwards; 0: never
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listening.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listening.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._listening.accept()
+                threading.Thread(target=self._pass, args=(here,), daemon=True).start()
+
+    def _pass(self, here: socket.socket) -> None:
+        with here, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._to)) as there:
+            down = threading.Thread(target=self._copy, args=(there, here, False), daemon=True)
+            down.start()
+            self._copy(here, there, True)
+            for end in (here, there):
+                end.shutdown(socket.SHUT_RDWR)
+            down.join()
+
+    def _copy(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while content := source.recv(1024):
+                passed += len(content)
+                if up and self.cut_after and passed > self.cut_after:
+                    self.cut_after, self.cuts = 0, self.cuts + 1
+                    return
+                sink.sendall(content)
+
+
 class DeployedFederation:
     """Use it as a context manager: everything that it started is ended."""
 
     def __init__(self, folder: Path, *, sizes: Sequence[int] = (40, 40, 40)) -> None:
-        self.folder = folder / "server"
-        self.federation = FederationFolder.create(self.folder, name=NAME, address=f"localhost:{free_port()}")
+        self.folder, self._listen = folder / "server", free_port()
+        self.wire = Wire(self._listen)
+        self.federation = FederationFolder.create(self.folder, name=NAME, address=f"localhost:{self.wire.port}")
         self.sites = make_sites(folder / "sites", sizes=sizes, seed=None, policy=toy_policy(**OPEN, federations=[NAME]))
         for site in self.sites:
             self.join(site)
@@ -51,7 +92,7 @@ class DeployedFederation:
         self.federation.admit(self.federation.read_request(request.read_bytes(), what=str(request)))
 
     def __enter__(self) -> DeployedFederation:
-        self.start(self.folder, server_programs(self.folder))
+        self.start_server()
         for site in self.sites:
             self.start(site, site_programs(site))
         self.all_online()
@@ -62,6 +103,10 @@ class DeployedFederation:
             self.stop(folder, wait=False)
         for thread in self._threads.values():
             thread.join(timeout=90)
+        self.wire.close()
+
+    def start_server(self) -> None:
+        self.start(self.folder, server_programs(self.folder, listen=f"127.0.0.1:{self._listen}"))
 
     def start(self, folder: Path, programs: Sequence[Program]) -> None:
         self._stopped[folder] = threading.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -18,8 +19,12 @@ from flower_processes import eventually
 from safetensors.numpy import load_file
 from scipy.optimize import brentq
 from scipy.stats import chi2, kstest, norm
+from toy_federation import make_sites, toy_policy
 
 from client.deployment import programs as site_programs
+from client.joining import join
+from shared.errors import UsageError
+from shared.protection.kit import read_kit
 from shared.rundir import RunDirectory, load_model
 
 pytestmark = pytest.mark.slow
@@ -115,7 +120,7 @@ def test_a_deployed_run_and_one_in_this_process_are_equal_in_distribution(
     deployed: DeployedFederation, tmp_path: Path
 ) -> None:
     """Every record is in every step (q = 1), so the two sums of the first round differ by their noise alone."""
-    from toy_federation import PROMPTS, make_sites, toy_policy
+    from toy_federation import PROMPTS
 
     from server.app import serve
     from server.cohort import Cohort
@@ -196,6 +201,92 @@ def test_a_site_that_hangs_costs_a_deadline_and_the_others_go_on(deployed: Deplo
     assert "no reply from site site-2 within 20 s; the round goes on with 2 sites" in log
 
 
+def test_a_wire_that_breaks_while_a_site_sends_costs_nothing(deployed: DeployedFederation) -> None:
+    deployed.begin("cut", {"federation.rounds": 4})
+    for server_round, size in ((1, 30_000), (2, 12_000)):
+        deployed.reached("cut", server_round)
+        deployed.wire.cut_after = size
+    run = deployed.finish("cut")
+    assert run.state == "finished", run.reason
+    assert deployed.wire.cuts == 2
+    for site in deployed.sites:
+        assert [one["server_round"] for one in charged(deployed, site, run_id(deployed, "cut"))] == [1, 2, 3, 4]
+
+
+def test_a_server_that_was_restored_from_an_older_copy_gets_no_second_answer_to_an_old_question(
+    deployed: DeployedFederation, tmp_path: Path
+) -> None:
+    deployed.begin("restored", {"federation.rounds": 40, "federation.deadline-seconds": 30.0})
+    path = deployed.queue["restored"].path
+    deployed.reached("restored", 1)
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy, ignore=shutil.ignore_patterns("lock"))
+    deployed.reached("restored", 4)
+    deployed.stop(deployed.folder)
+    spent = [len(charged(deployed, site, run_id(deployed, "restored"))) for site in deployed.sites]
+    shutil.rmtree(path)
+    shutil.copytree(copy, path)
+    deployed.start_server()
+    run = deployed.finish("restored")
+    assert run.state == "failed"
+    assert "refused with code" in run.reason
+    assert [len(charged(deployed, site, run_id(deployed, "restored"))) for site in deployed.sites] == spent
+
+
+def test_a_site_that_was_restored_from_an_older_copy_is_noticed_and_the_others_go_on(
+    deployed: DeployedFederation, tmp_path: Path
+) -> None:
+    site = deployed.sites[1]
+    deployed.begin("set-back", {"federation.rounds": 12, "federation.fewest-sites": 2})
+    deployed.reached("set-back", 1)
+    deployed.stop(site)
+    copy = tmp_path / "copy"
+    shutil.copytree(site, copy)
+    deployed.start(site, site_programs(site))
+    deployed.all_online()
+    before = deployed.seen(site.name)["answered"]
+    eventually(lambda: deployed.seen(site.name)["answered"] > before, "another answer", 60.0)
+    deployed.stop(site)
+    shutil.rmtree(site)
+    shutil.copytree(copy, site)
+    left = len(charged(deployed, site, run_id(deployed, "set-back")))
+    deployed.start(site, site_programs(site))
+    run = deployed.finish("set-back", seconds=300.0)
+    assert run.state == "finished", run.reason
+    assert len(charged(deployed, site, run_id(deployed, "set-back"))) == left  # it let nothing go
+    assert "does not have" in (site / "site.log").read_text()
+
+
+def test_a_stolen_kit_lets_nobody_in(deployed: DeployedFederation, tmp_path: Path) -> None:
+    (thief,) = make_sites(tmp_path, sizes=(20,), seed=None, policy=toy_policy())
+    kit = read_kit(deployed.folder.parent / "site-0.zip")
+    request = join(thief, kit, site_id="site-0").request
+    with pytest.raises(UsageError, match="site-0 is admitted already, with other keys"):
+        deployed.federation.read_request(request.read_bytes(), what="request.json")
+    deployed.start(thief, site_programs(thief))
+    try:
+        log = thief / "logs/node.log"
+        eventually(lambda: log.exists() and "2004" in log.read_text(), "the refusal", 90.0)
+        assert "SuperNode ID: " not in log.read_text()
+    finally:
+        deployed.stop(thief)
+
+
+def test_two_nodes_with_one_key_are_not_two_sites(deployed: DeployedFederation, tmp_path: Path) -> None:
+    """A copy of a site on another machine: the server lets one of the two in, and the other is refused."""
+    copy = tmp_path / "copy"
+    shutil.copytree(deployed.sites[0], copy, ignore=shutil.ignore_patterns("run", "logs"))
+    time.sleep(1)
+    deployed.start(copy, site_programs(copy))
+    try:
+        log = copy / "logs/node.log"
+        eventually(lambda: log.exists() and "2004" in log.read_text(), "the refusal", 90.0)
+        assert "SuperNode ID: " not in log.read_text()
+        assert deployed.seen("site-0")["online"]
+    finally:
+        deployed.stop(copy)
+
+
 def test_a_revoked_site_is_out_at_once_and_a_site_restored_from_a_copy_of_its_keys_stays_out(
     deployed: DeployedFederation,
 ) -> None:
@@ -214,20 +305,3 @@ def test_a_revoked_site_is_out_at_once_and_a_site_restored_from_a_copy_of_its_ke
     began = len(log.read_text())
     eventually(lambda: "2004" in log.read_text()[began:], "the refusal", 90.0)
     assert "SuperNode ID: " not in log.read_text()[began:]
-
-
-def test_two_nodes_with_one_key_are_not_two_sites(deployed: DeployedFederation, tmp_path: Path) -> None:
-    """A copy of a site on another machine: the server lets one of the two in, and the other is refused."""
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(deployed.sites[0], copy, ignore=shutil.ignore_patterns("run", "logs"))
-    time.sleep(1)
-    deployed.start(copy, site_programs(copy))
-    try:
-        log = copy / "logs/node.log"
-        eventually(lambda: log.exists() and "2004" in log.read_text(), "the refusal", 90.0)
-        assert "SuperNode ID: " not in log.read_text()
-        assert deployed.seen("site-0")["online"]
-    finally:
-        deployed.stop(copy)

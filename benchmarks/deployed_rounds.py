@@ -1,0 +1,100 @@
+"""Rounds of a deployed federation on this machine: seconds, bytes, and memory of every process over time.
+
+    python benchmarks/deployed_rounds.py OUT [--rounds 100] [--local-steps 8] [--slot-seconds 0] [--records 2000]
+
+A server and three sites as processes over TLS on loopback (`simulations.rehearsal`), the demo's model, no warm start.
+Prints a table of seconds a round and of resident memory after the tenth and the last round, and writes OUT/rounds.json.
+The baseline of an exchange is the same round in this process: `fedcanvas simulate` with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from shared.supervisor import status
+from simulations.rehearsal import RUN, SITES, Rehearsal
+
+SETTINGS = """\
+[privacy]
+target-epsilon = 8.0
+delta = 1e-5
+sampling-rate = 0.1
+[federation]
+rounds = {rounds}
+local-steps = {local_steps}
+fewest-sites = 2
+published-records = {published}
+[generator]
+width = 24
+[training]
+fakes = 64
+generator-batch = 96
+[evaluation]
+every = 50
+round-samples = 0
+"""
+
+
+def memory(folder: Path) -> dict[str, float]:
+    """Resident megabytes of each process that is supervised in the rehearsal's folder."""
+    found = {}
+    for place in ("server", *SITES):
+        for name, about in ((status(folder / place) or {}).get("programs") or {}).items():
+            if about["pid"]:
+                lines = Path(f"/proc/{about['pid']}/status").read_text().splitlines()
+                (size,) = (line.split()[1] for line in lines if line.startswith("VmRSS:"))
+                found[f"{place} {name}"] = int(size) / 1024
+    return found
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("out", type=Path)
+    asked.add_argument("--rounds", type=int, default=100)
+    asked.add_argument("--local-steps", type=int, default=8)
+    asked.add_argument("--slot-seconds", type=float, default=0.0)
+    asked.add_argument("--records", type=int, default=2000)
+    given = asked.parse_args()
+    settings = SETTINGS.format(
+        rounds=given.rounds, local_steps=given.local_steps, published=len(SITES) * given.records
+    )
+    given.out.mkdir(parents=True)
+    rehearsal = Rehearsal(given.out, settings=settings, records=given.records, slot_seconds=given.slot_seconds)
+    rehearsal.begin()
+    early: dict[str, float] = {}
+    with rehearsal.started():
+        rehearsal.type("server", "run", "server", f"{RUN}.toml")
+        rehearsal.approve(rehearsal.ask("server", "runs", "server")[0]["run_id"])
+        began = time.monotonic()
+        while (about := rehearsal.ask("server", "runs", "server")[0])["state"] in ("waiting", "running"):
+            if not early and about["rounds_done"] >= 10:
+                early = memory(given.out)
+            late = memory(given.out)
+            time.sleep(10)  # each look is a process of its own
+        seconds = time.monotonic() - began
+    lines = (given.out / "server/runs" / RUN / "timings.jsonl").read_text().splitlines()
+    rounds = [json.loads(line) for line in lines[1:]]  # the first opens the data
+    taken = sorted(line["seconds"] for line in rounds)
+    found = {
+        "state": about["state"], "rounds": about["rounds_done"], "seconds": seconds,
+        "median": statistics.median(taken), "p90": taken[int(0.9 * len(taken))], "most": taken[-1],
+        "bytes_down": rounds[-1]["bytes_down"], "bytes_up": rounds[-1]["bytes_up"],
+        "memory_early": early, "memory_late": late,
+    }  # fmt: skip
+    (given.out / "rounds.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(
+        f"\n{found['state']}: {found['rounds']} rounds in {seconds:.0f} s; a round: median {found['median']:.2f} s,"
+        f" p90 {found['p90']:.2f} s, most {found['most']:.2f} s; {found['bytes_down']:,} bytes down,"
+        f" {found['bytes_up']:,} up"
+    )
+    print(f"{'resident memory, MB':<24}{'round 10':>10}{'last':>10}")
+    for name, size in late.items():
+        print(f"{name:<24}{early.get(name, float('nan')):>10.0f}{size:>10.0f}")
+
+
+if __name__ == "__main__":
+    main()
