@@ -17,14 +17,18 @@ from __future__ import annotations
 import hashlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any, cast
 
 from flwr.app import Context
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from client.activity import note_activity
@@ -33,6 +37,7 @@ from client.membership import open_channel
 from client.policy import SitePolicy
 from client.settings import SiteConfig, log_exception
 from shared.app_bundle import bundle_digest
+from shared.errors import ProtocolError
 from shared.flower_runtime import Runtime, WorkSource
 
 POLL_SECONDS = 0.2
@@ -65,20 +70,26 @@ def work(site_dir: Path, runtime: Runtime, *, bundles: Collection[str], ending: 
                 time.sleep(POLL_SECONDS)
                 continue
             ending.busy = True
-            _answer_task(site_dir, runtime, token, bundles)
+            while token is not None:
+                token = _answer_task(site_dir, runtime, token, bundles, source)
             note_activity(site_dir)
             ending.busy = False
 
 
-def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collection[str]) -> None:
-    """One message. Whatever goes wrong is the site's own log's; what leaves is a reply or a code."""
+def _answer_task(
+    site_dir: Path, runtime: Runtime, token: str, bundles: Collection[str], source: WorkSource
+) -> str | None:
+    """One message; the token of a newer one that came while this one's content did not.
+
+    Whatever goes wrong is the site's own log's; what leaves is a reply or a code.
+    """
     client = runtime.client_of_task(token, program="flwr-clientapp")
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     context: Context | None = None
-    status = "failed"
+    status, watched = "failed", _Watched(client, source)
     try:
         heartbeat.start()
-        message, context, _, bundle = pull_task_input(client)
+        message, context, _, bundle = pull_task_input(cast(RuntimeHttpClient, watched))
         note_activity(site_dir, flower_run=message.metadata.run_id, group=message.metadata.group_id)
         digest = hashlib.sha256(bundle.content).hexdigest()
         known = digest in bundles
@@ -95,6 +106,38 @@ def _answer_task(site_dir: Path, runtime: Runtime, token: str, bundles: Collecti
         except (Exception, RunNotRunningException) as error:
             log_exception(site_dir, error)
         client.close()
+    return watched.newer
+
+
+class _Watched:
+    """A client of the runtime that gives up waiting for a message's content when a newer message is handed out.
+
+    A run that is stopped while the node receives a message of it leaves that message handed out for ever, without its
+    content (Flower 1.41): whoever waits for it would answer nothing again. The node hands out the next message only
+    when it is done with this one.
+    """
+
+    def __init__(self, client: RuntimeHttpClient, source: WorkSource) -> None:
+        self._client, self._source = client, source
+        self._lock = threading.Lock()  # parts of a message are asked for by several threads
+        self._looked = time.monotonic()
+        self.newer: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullObject(self, request: PullObjectRequest, **settings: Any) -> PullObjectResponse:  # noqa: N802
+        found: PullObjectResponse = self._client.PullObject(request, **settings)
+        if not found.object_available:
+            self._look()
+        return found
+
+    def _look(self) -> None:
+        with self._lock:
+            if self.newer is None and time.monotonic() > self._looked + POLL_SECONDS:
+                self._looked, self.newer = time.monotonic(), self._source.take()
+            if self.newer is not None:
+                raise ProtocolError("a message never came whole: its run was stopped; the next one is answered")
 
 
 def main() -> None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from deployed_site import OPEN, round_of
 from flower_processes import Flower, eventually, flower
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.node_pb2 import Node
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from joined_sites import Operator, signed
 from toy_federation import make_sites, toy_policy
 
+from client.worker import _Watched
 from server.cohort import opened
 from shared.app_bundle import bundle_digest, bundle_files, digest_of_bundle
+from shared.errors import ProtocolError
 from shared.flower_runtime import ADDRESS, AUTHORITY, SECRET
 from shared.protection.keys import write_private
 from shared.records import (
@@ -133,3 +141,21 @@ def test_a_hostile_bundle_of_the_same_name_and_version_never_runs_at_a_site(tmp_
         assert isinstance(answer, SiteReply), (site / "site.log").read_text()
         assert kinds(site) == ["opened", "run", "charge", "commit"]
         assert not evil.exists()
+
+
+def test_a_message_whose_content_never_comes_is_left_for_the_next_one() -> None:
+    """What Flower's node leaves behind when a run is stopped while it receives a message of it."""
+
+    class Never:
+        def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+            return PullObjectResponse(object_found=True, object_available=False)
+
+    tokens = iter([None, None, "the next one"])
+    source = SimpleNamespace(take=lambda: next(tokens))
+    watched = _Watched(Never(), source)  # type: ignore[arg-type]
+    pull = make_pull_object_fn_protobuf(watched.PullObject, Node(), 1)
+    began = time.monotonic()
+    with pytest.raises(ProtocolError, match="never came whole"):
+        pull_objects(["part"], pull)
+    assert watched.newer == "the next one"
+    assert time.monotonic() - began < 30  # Flower itself would wait for two hours
