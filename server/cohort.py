@@ -270,6 +270,9 @@ class _Round:
             now = time.monotonic()
             if until == float("inf") and len(self.answered) >= cohort.fewest:
                 until = now + deadline  # enough are there: the others have as long as in any round
+                missing = ", ".join(sorted(cohort.roster.sites() - self._answered_sites())) if cohort.roster else ""
+                if missing:
+                    cohort.observer.on_message(f"enough sites have answered; {missing} may within {deadline:g} s")
             if now > until:
                 self._end_at_deadline()
                 break
@@ -282,6 +285,9 @@ class _Round:
             member.late = True
         cohort._late.update({member.node: (name, self.number) for name, member in self.pending.items()})
         return Asked(self.refusals, self.bytes_down, self.bytes_up)
+
+    def _answered_sites(self) -> set[str]:
+        return {self.cohort.members[node].site for node in self.answered}
 
     def _is_over(self) -> bool:
         if len(self.answered) < self.cohort.fewest:

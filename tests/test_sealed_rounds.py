@@ -46,6 +46,7 @@ from shared.records import (
     encode_instruction,
     records_digest,
 )
+from shared.rundir import RunDirectory
 from shared.text import build_encoder
 from simulations.engines import LocalGrid
 
@@ -135,6 +136,61 @@ def test_a_run_between_institutions_ends_as_any_other_and_the_relay_reads_nothin
             assert envelope[start : start + 16] not in passed
         assert envelope[-32:] not in passed  # nor the head of the ledger
     assert [charged(site) for site in sites] == [2, 2]
+
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "the charge is not yet on disk": (RunDirectory, "charge"),
+    "the instructions have not left": (LocalGrid, "push_messages"),
+    "an answer came and is not summed": (RoundSum, "add"),
+    "all answered and no sum is on disk": (RunDirectory, "save_release"),
+    "the sum is on disk and nothing was learned": (ServerTraining, "step"),
+    "it was learned and no event is on disk": (RunDirectory, "append_event"),
+    "the checkpoint is not on disk": (RunDirectory, "save_checkpoint"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("before", [True, False])
+def test_an_aggregator_that_ends_at_any_step_of_a_round_costs_no_site_anything(
+    step: str, before: bool, operator: Operator, sites: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before or after each step of the second round, and resumed as another process would."""
+    owner, name = STEPS[step]
+    real, calls = getattr(owner, name), 0
+
+    def killed(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != {"add": 3, "save_checkpoint": 1}.get(name, 2):  # two answers a round, a checkpoint every other
+            return real(self, *arguments, **named)
+        if not before:
+            real(self, *arguments, **named)
+        raise KeyboardInterrupt
+
+    def go(rundir: RunDirectory) -> Outcome:
+        with rundir, Wire(sites) as grid:
+            plan, encoder = make_plan(RUN_CONFIG), build_encoder(RUN_CONFIG.text)
+            observer = SilentObserver()
+            return run_rounds(
+                Cohort(grid, RUN_CONFIG.federation, observer, channel=operator.channel), config=RUN_CONFIG, plan=plan,
+                training=ServerTraining(RUN_CONFIG, plan, PROMPTS, encoder), rundir=rundir, prompts=PROMPTS,
+                observer=observer,
+            )  # fmt: skip
+
+    made = RunDirectory.create(tmp_path / "run", config=RUN_CONFIG, prompts=PROMPTS.texts, entropy="system")
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(made)
+    with RunDirectory.resume(tmp_path / "run") as rundir:
+        outcome = go(rundir)
+        spent = [(line["server_round"], line["attempt"]) for line in rundir.charges()]
+        events = [event["server_round"] for event in rundir.events()]
+    assert outcome.rounds == RUN_CONFIG.federation.rounds
+    assert events == list(range(1, outcome.rounds + 1))
+    # The same question gets the same bytes: nobody is charged twice, at either end.
+    assert spent == [(server_round, 1) for server_round in range(1, outcome.rounds + 1)]
+    assert [charged(site) for site in sites] == [outcome.rounds] * len(sites)
 
 
 def test_an_instruction_that_nobody_signed_is_not_even_decoded_and_refused_in_secret(
