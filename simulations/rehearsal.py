@@ -86,7 +86,7 @@ class Rehearsal:
         if shown:
             print(f"\n$ fedcanvas {shlex.join(arguments)}", flush=True)
         done = subprocess.run(
-            [sys.executable, "-m", "shared.cli", *arguments], cwd=self.folder, env=self.environment,
+            [sys.executable, "-P", "-m", "shared.cli", *arguments], cwd=self.folder, env=self.environment,
             stdout=subprocess.PIPE, stderr=None if shown else subprocess.PIPE, text=True,
         )  # fmt: skip
         if done.returncode != 0:
