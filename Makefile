@@ -32,7 +32,6 @@ demo: .venv/installed  ## train on made shapes at four simulated sites, privatel
 	$(BIN)/fedcanvas simulate demo --out runs/demo --resume
 
 federation: .venv/installed-server  ## a server and three sites as processes of this machine, over TLS; ends with pictures
-	rm -rf runs/federation
 	$(BIN)/python -m simulations.rehearsal runs/federation
 
 test: .venv/installed-dev  ## the test suite without the slow tests

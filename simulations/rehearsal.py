@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,13 +28,14 @@ from typing import Any
 from shared.disk import write_whole
 from shared.errors import FederationError, UsageError
 from shared.flower_runtime import free_port
+from shared.supervisor import stop
 from simulations.shapes import make_shapes
 
 SITES = ("site-a", "site-b", "site-c")
 RECORDS = 5000  # of a site
 SLOT_SECONDS = 5  # 10 is usual, and would be most of a round here
 WAIT_SECONDS = 120.0
-RUN = "shapes"
+RUN, MARK = "shapes", "rehearsal.txt"
 SETTINGS = """\
 # What `fedcanvas server run` trains: `fedcanvas simulate --settings` lists all settings.
 [privacy]
@@ -152,16 +154,27 @@ class Rehearsal:
         self.type("client", "receipts", SITES[0], "--html", "receipts.html")
 
 
+def clear(folder: Path) -> None:
+    """Ends and removes what a rehearsal left there; `UsageError` where the folder is not one's."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / MARK).is_file():
+        raise UsageError(f"{folder} is there already", hint="name a new folder")
+    for place in ("server", *SITES):
+        stop(folder / place)
+    shutil.rmtree(folder)
+
+
 def rehearse(folder: Path, *, rounds: int = 12) -> None:
-    """Everything, into a new folder.
+    """Everything, into a new folder or that of a rehearsal before.
 
     Raises:
-        UsageError: the folder is not new.
+        UsageError: something else is there.
         FederationError: a command failed.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is there already", hint=f"rm -r {shlex.quote(str(folder))}")
+    clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / MARK, b"made by simulations.rehearsal, and removed by the next one\n")
     began = time.monotonic()
     rehearsal = Rehearsal(folder, settings=SETTINGS.format(rounds=rounds))
     rehearsal.begin()
