@@ -235,6 +235,13 @@ def join(
     max_epsilon: Annotated[float | None, typer.Option(help="As of `init`; for a new site.", show_default=False)] = None,
     delta: Annotated[float | None, typer.Option(help="As of `init`; for a new site.", show_default=False)] = None,
     store: Annotated[Path | None, typer.Option(help="As of `init`.", show_default=False)] = None,
+    unit: Annotated[
+        Literal["example", "subject"] | None, typer.Option(help="As of `init`; for a new site.", show_default=False)
+    ] = None,
+    published_records: Annotated[
+        int | None, typer.Option(help="As of `init`; for a new site.", show_default=False)
+    ] = None,
+    slot_seconds: Annotated[float, typer.Option(help="As of `init`; for a new site.")] = 10.0,
     shares_records_with: Overlaps = None,
     also_trust: Annotated[
         Path | None, typer.Option(help="PEM of an institution's own authority: `client trust`.", show_default=False)
@@ -270,6 +277,7 @@ def join(
         assert delta is not None
         _, lines = _begin(
             site_dir, data, lineage=lineage, max_epsilon=max_epsilon, delta=delta, site_id=found.site, store=store,
+            unit=unit, published_records=published_records, slot_seconds=slot_seconds,
             overlaps=list(dict.fromkeys(shares_records_with or [])), federations=[known.name],
         )  # fmt: skip
         if not as_json:

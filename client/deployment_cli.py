@@ -245,7 +245,7 @@ def _program_words(program: dict[str, Any]) -> str:
         up = f"up since {_time(program['since'])}, process {program['pid']}"
     if not program["ended"]:
         return up
-    return f"{up}; started again {program['starts'] - 1:,} times, it ended last {program['ended']}"
+    return f"{up}; started {program['starts']:,} times, it ended last {program['ended']}"
 
 
 def _connection_words(connection: Connection) -> str:

@@ -200,13 +200,17 @@ class Cohort:
                 self.members.setdefault(node, _Member(node, site))
         return [self.members[node] for node in sorted(self._online)]
 
+    def could_take_part(self) -> int:
+        """How many sites, there or not."""
+        return len(self.roster.sites()) if self.roster is not None else self.federation.sites
+
     def _check_reachable(self, failure: FedCanvasError | None, *, gone: int = 0) -> None:
         """Raises `failure`, or another reason, where too few sites are left that could answer.
 
         Args:
             gone: sites that cannot answer this round any more.
         """
-        left = (len(self.roster.sites()) if self.roster is not None else self.federation.sites) - gone
+        left = self.could_take_part() - gone
         if left >= self.fewest:
             return
         if failure is not None:
@@ -395,7 +399,7 @@ class _Round:
         self.failure, member.out_until = failure, until
         self.gone.add(member.node)
         self.cohort.tell(member.site, state, self.number)
-        left = self.cohort.federation.sites - len(self.gone)
+        left = self.cohort.could_take_part() - len(self.gone)
         if left >= self.cohort.fewest:
             self.cohort.observer.on_message(f"{failure.message}; the round goes on with {left} sites")
 

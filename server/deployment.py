@@ -64,7 +64,7 @@ def programs(folder: Path, *, listen: str = "") -> list[Program]:
     write_whole(folder / PROXY, json.dumps(proxy_settings(folder, listen, runtime), indent=2).encode() + b"\n")
     caddy = find_proxy()
     _check_proxy(caddy, folder / PROXY)
-    environment = {**ENVIRONMENT, "FLWR_HOME": str(folder / "run/flower")}
+    environment = {**ENVIRONMENT, "FLWR_HOME": str(folder / "run/flower"), "FLWR_LOG_LEVEL": "INFO"}
     superlink = [
         str(Path(sys.executable).with_name("flower-superlink")), "--enable-supernode-auth",
         "--database", str(folder / DATABASE), *runtime.options(folder),
@@ -122,7 +122,7 @@ def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any
         },
         {
             "match": [{"path": [HEALTH], "method": ["GET"]}],
-            "handle": [{"handler": "static_response", "status_code": 200, "body": "ok\n"}],
+            "handle": [to_superlink],  # it answers a path of the same name: down is not well
             "terminal": True,
         },
         {"handle": [{"handler": "static_response", "status_code": 403, "close": True}]},

@@ -255,7 +255,7 @@ def _status_lines(folder: Path, about: dict[str, Any]) -> list[str]:
     if not about["started"]:
         lines.append(f"  not started: `fedcanvas server start {shlex.quote(str(folder))}`")
     for name, program in about["programs"].items():
-        again = f"; started again {program['starts'] - 1} times, it ended last {program['ended']}"
+        again = f"; started {program['starts']} times, it ended last {program['ended']}"
         up = f"up, process {program['pid']}" if program["pid"] else "down, to be started again"
         lines.append(f"  {name:<11}  {up}{again if program['ended'] else ''}")
     if about["trouble"]:

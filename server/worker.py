@@ -88,8 +88,9 @@ def _do(
 ) -> None:  # fmt: skip
     """One run, to its end, its failure, or until somebody stops it."""
     name = queued.name
-    try:
-        with RunDirectory.resume(queued.path) as rundir:
+    # Not a failure of the run where it cannot be opened: a worker that was killed a moment ago may still hold it.
+    with RunDirectory.resume(queued.path) as rundir:
+        try:
             log.rounds = rundir.config.federation.rounds
             if not rundir.finished:
                 queue.note(name, "running")
@@ -103,13 +104,13 @@ def _do(
                 finish(rundir)
             queue.note(name, "finished")
             log.on_message(f"finished: {queued.path / 'model'}")
-    except RunStopped:
-        if queue.is_cancelled(name):
-            queue.note(name, "cancelled")
-            log.on_message("cancelled")
-    except FedCanvasError as error:
-        queue.note(name, "failed", f"{error.message} ({error.hint})" if error.hint else error.message)
-        log.on_message(f"failed: {error.message}")
+        except RunStopped:
+            if queue.is_cancelled(name):
+                queue.note(name, "cancelled")
+                log.on_message("cancelled")
+        except FedCanvasError as error:
+            queue.note(name, "failed", f"{error.message} ({error.hint})" if error.hint else error.message)
+            log.on_message(f"failed: {error.message}")
 
 
 def main() -> None:

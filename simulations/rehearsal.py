@@ -32,7 +32,7 @@ from shared.supervisor import stop
 from simulations.shapes import make_shapes
 
 SITES = ("site-a", "site-b", "site-c")
-RECORDS = 5000  # of a site
+RECORDS = 3000  # of a site
 SLOT_SECONDS = 5  # 10 is usual, and would be most of a round here
 WAIT_SECONDS = 120.0
 RUN, MARK = "shapes", "rehearsal.txt"
@@ -41,12 +41,12 @@ SETTINGS = """\
 [privacy]
 target-epsilon = 8.0
 delta = 1e-5
-sampling-rate = 0.1
+sampling-rate = 0.15
 [federation]
 rounds = {rounds}
 local-steps = 16
 fewest-sites = 2
-published-records = 15000
+published-records = 9000
 [discriminator]
 near-prompt-share = 0.25
 [generator]
@@ -58,7 +58,7 @@ lead-rounds = 0
 moment-weight = 30.0
 [warm-start]
 enabled = true
-steps = 120
+steps = 80
 random-features = 2000
 [evaluation]
 every = 10
@@ -110,11 +110,8 @@ class Rehearsal:
             self.type("server", "kit", "server", "--site", site, "--out", f"{site}.zip")
             self.type(
                 "client", "join", f"{site}.zip", site, "--data", f"data/{site}", "--lineage", f"shapes-of-{site}",
-                "--max-epsilon", "8.1", "--delta", "2e-5", "--yes",
+                "--max-epsilon", "8.1", "--delta", "2e-5", "--slot-seconds", f"{self.slot_seconds:g}", "--yes",
             )  # fmt: skip
-            settings = self.folder / site / "site.toml"
-            text = settings.read_text().replace("slot-seconds = 10.0", f"slot-seconds = {float(self.slot_seconds)}")
-            write_whole(settings, text.encode())
             self.type("server", "admit", "server", f"{site}/request.json", "--yes")
         write_whole(self.folder / f"{RUN}.toml", self.settings.encode())
         prompts = (self.folder / "data" / SITES[0] / "prompts.txt").read_bytes()

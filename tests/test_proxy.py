@@ -42,6 +42,9 @@ class Behind(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"ok")
 
+    def do_GET(self) -> None:
+        self.do_POST()
+
     def log_message(self, *_: object) -> None: ...
 
 
@@ -128,8 +131,9 @@ def test_no_other_method_passes(method: str, proxy: tuple[Path, int, list[str]])
     assert len(proxy[2]) == before
 
 
-def test_the_proxy_itself_says_that_it_is_well(proxy: tuple[Path, int, list[str]]) -> None:
+def test_whether_it_is_well_the_superlink_says(proxy: tuple[Path, int, list[str]]) -> None:
     assert asked(proxy, "/health", method="GET") == 200
+    assert proxy[2][-1] == "/health"
 
 
 def test_a_body_that_is_too_long_is_not_passed_on(proxy: tuple[Path, int, list[str]]) -> None:
