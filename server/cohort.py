@@ -5,7 +5,8 @@ while `federation.fewest-sites` can still answer, and stops with the reason when
 
     a round ends   when every site that is there has answered (federation.cohort = "all"), or as soon as enough have
                    ("first"); at federation.deadline-seconds with those that have, if they are enough
-    not waited for a site that was late in the round before, or that is not there, once enough have answered
+    not waited for a site that is not there, once enough have answered; one that still owes an answer to an earlier
+                   round is asked nothing before that has come, too late to be summed
     asked again    the very same instruction (a site answers it with the same bytes, uncharged): a site that was not
                    reachable, one that had not approved the run yet; in later rounds also one that refused otherwise
 
@@ -17,13 +18,14 @@ Not here: what is asked and what becomes of the sum (`server.rounds`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from server.mailbox import Apart, Mailbox, OneByOne
 from shared.config import FederationConfig
 from shared.errors import FedCanvasError, FederationError, ProtocolError, TrustError
 from shared.observer import Observer
@@ -92,7 +94,7 @@ class _Member:
     Attributes:
         site: "" until it has said, where no roster says.
         out_until: the round in which it is asked again after it refused.
-        late: it was silent past the deadline of the last round.
+        late: a message that it has not answered in time, and what was asked; nothing more is asked until it has.
         due: when it may be asked the same once more, on the clock of `time.monotonic`.
         wait: seconds that it was not asked the last time; 0 while it answers.
     """
@@ -100,7 +102,7 @@ class _Member:
     node: int
     site: str = ""
     out_until: int = 0
-    late: bool = False
+    late: tuple[str, RoundInstruction] | None = None
     due: float = 0.0
     wait: float = 0.0
 
@@ -133,7 +135,7 @@ class Cohort:
     def __init__(
         self, grid: Grid, federation: FederationConfig, observer: Observer, *, roster: Roster | None = None,
         channel: AggregatorChannel | None = None, stopped: Callable[[], bool] = lambda: False,
-        tell: Callable[[str, str, int], None] = lambda site, state, server_round: None,
+        tell: Callable[[str, str, int], None] = lambda site, state, server_round: None, begun: bool = False,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -141,20 +143,22 @@ class Cohort:
             channel: between institutions: instructions are signed, and only sealed answers count.
             stopped: asked all the time while sites are waited for.
             tell: called with a site, what it does or did, and the round.
+            begun: whether somebody has answered a round of this run before.
         """
         self.grid, self.federation, self.observer = grid, federation, observer
         self.roster, self.channel, self.stopped, self.tell = roster, channel, stopped, tell
         self.fewest = federation.fewest_sites or federation.sites
         self.members: dict[int, _Member] = {}
-        self._late: dict[int, tuple[str, int]] = {}  # node to message and round of an answer that would be too late
-        self._begun = False  # somebody has answered a round of this run
+        self.mailbox: Mailbox = OneByOne(grid) if roster is None else Apart(grid)
+        self._begun = begun
         self._looked = 0.0
 
     def wait(self) -> None:
         """Until enough nodes are there, once; without a roster exactly `federation.sites` of them.
 
         Raises:
-            FederationError: they are too many, or too few at the deadline.
+            FederationError: they are too many, or too few at the deadline; between institutions there is none before
+                the first answer of the run.
             RunStopped: see `stopped`.
         """
         until, told = time.monotonic() + self.federation.deadline_seconds, False
@@ -164,6 +168,11 @@ class Cohort:
                 return
             if self.roster is not None:
                 self._check_reachable(None)
+                if self._begun and time.monotonic() > until:
+                    raise FederationError(
+                        f"{len(nodes)} sites are there, and a round needs {self.fewest}",
+                        hint="see why the others are not, then go on with the run",
+                    )
             elif len(nodes) > self.federation.sites or time.monotonic() > until:
                 raise FederationError(
                     f"{len(nodes)} sites are there, federation.sites says {self.federation.sites}",
@@ -175,16 +184,20 @@ class Cohort:
                 told = True
             self._pause(LOOK_SECONDS if self.roster is not None else POLL_SECONDS)
 
-    def ask(self, instruction: RoundInstruction, add: Callable[[SiteReply], None]) -> Asked:
-        """Asks every site, and hands each answer to `add` as it comes; replies to earlier rounds are ignored.
+    def ask(
+        self, instruction: RoundInstruction, add: Callable[[SiteReply], None],
+        note: Callable[[SiteReply], None] = lambda reply: None,
+    ) -> Asked:  # fmt: skip
+        """Asks every site, and hands each answer to `add` as it comes; replies to earlier rounds are not summed.
 
         Args:
             add: raises `ProtocolError` where the answer is none; that costs only the site.
+            note: called with every answer that was opened, also one that comes too late, before anything else.
         Raises:
             FederationError, ProtocolError: why too few sites can answer.
             RunStopped: see `stopped`.
         """
-        return _Round(self, instruction, add).run()
+        return _Round(self, instruction, add, note).run()
 
     # ---- for `_Round`
 
@@ -198,19 +211,22 @@ class Cohort:
             self._looked, self._online = now, self.roster.online()
             for node, site in self._online.items():
                 self.members.setdefault(node, _Member(node, site))
+        # A site that was revoked and admitted with other keys has another node: what the old one did is not its.
         return [self.members[node] for node in sorted(self._online)]
 
-    def could_take_part(self) -> int:
-        """How many sites, there or not."""
-        return len(self.roster.sites()) if self.roster is not None else self.federation.sites
+    def left(self, gone: Collection[int]) -> int:
+        """How many sites could take part, there or not, without these nodes."""
+        if self.roster is None:
+            return self.federation.sites - len(gone)
+        return len(self.roster.sites() - {self.members[node].site for node in gone})
 
-    def _check_reachable(self, failure: FedCanvasError | None, *, gone: int = 0) -> None:
+    def _check_reachable(self, failure: FedCanvasError | None, gone: Collection[int] = ()) -> None:
         """Raises `failure`, or another reason, where too few sites are left that could answer.
 
         Args:
-            gone: sites that cannot answer this round any more.
+            gone: nodes that cannot answer this round any more.
         """
-        left = self.could_take_part() - gone
+        left = self.left(gone)
         if left >= self.fewest:
             return
         if failure is not None:
@@ -239,11 +255,14 @@ class Cohort:
                 reply = opened(reply, self.channel, instruction)
         except (ProtocolError, TrustError) as error:
             raise ProtocolError(f"{place}: {error.message}", hint=error.hint) from None
+        except Exception as error:  # Flower's records say what they are only when they are looked at
+            raise ProtocolError(f"{place}: it cannot be read ({type(error).__name__})") from None
         if isinstance(reply, Refusal) and not reply.site_id:
             return reply  # a site that could not even read its own settings
         if member.site and member.site != reply.site_id:
             raise ProtocolError(f"{place} answers as site {reply.site_id}")
-        if any(other.site == reply.site_id for other in self.members.values() if other is not member):
+        others = [other for other in self.members.values() if other is not member and self.roster is None]
+        if any(other.site == reply.site_id for other in others):
             raise ProtocolError(f"{place}: two nodes answer as this site", hint="give every site its own site-id")
         member.site = reply.site_id
         return reply
@@ -252,8 +271,11 @@ class Cohort:
 class _Round:
     """One instruction, until enough have answered it."""
 
-    def __init__(self, cohort: Cohort, instruction: RoundInstruction, add: Callable[[SiteReply], None]) -> None:
-        self.cohort, self.instruction, self.add = cohort, instruction, add
+    def __init__(
+        self, cohort: Cohort, instruction: RoundInstruction, add: Callable[[SiteReply], None],
+        note: Callable[[SiteReply], None],
+    ) -> None:  # fmt: skip
+        self.cohort, self.instruction, self.add, self.note = cohort, instruction, add, note
         self.number = instruction.server_round
         self.content, self.kind = encode_instruction(instruction), MESSAGE_TYPES[instruction.kind]
         if cohort.channel is not None:
@@ -282,12 +304,12 @@ class _Round:
                 break
             self._push(now)
             arrived = self._pull()
-            cohort._check_reachable(self.failure, gone=len(self.gone))
+            cohort._check_reachable(self.failure, self.gone)
             cohort._pause(0.0 if arrived else POLL_SECONDS)
         cohort._begun = True
-        for member in self.pending.values():
-            member.late = True
-        cohort._late.update({member.node: (name, self.number) for name, member in self.pending.items()})
+        for name, member in self.pending.items():
+            member.late = (name, self.instruction)
+            cohort.tell(member.site, "late", self.number)
         return Asked(self.refusals, self.bytes_down, self.bytes_up)
 
     def _answered_sites(self) -> set[str]:
@@ -300,24 +322,22 @@ class _Round:
             return True
         if not self.cohort._begun and self.cohort.roster is not None:
             return len(self.answered) + len(self.gone) >= len(self.cohort.roster.sites())
-        return all(member.late for member in self.pending.values())
+        return not self.pending
 
     def _end_at_deadline(self) -> None:
         silent = ", ".join(sorted(member.name for member in self.pending.values()))
         what = f"round {self.number}: no reply from {silent or 'enough sites'} within"
         what += f" {self.cohort.federation.deadline_seconds:g} s"
         if len(self.answered) < self.cohort.fewest:
-            raise FederationError(what, hint="see the site's own log, then continue with --resume")
+            raise FederationError(what, hint="see the site's own log, then go on with the run")
         self.cohort.observer.on_message(f"{what}; the round goes on with {len(self.answered)} sites")
-        for member in self.pending.values():
-            self.cohort.tell(member.site, "late", self.number)
 
     def _push(self, now: float) -> None:
         asked = {member.node for member in self.pending.values()}
         due = [
             member for member in self.cohort._look(now=now)
             if member.node not in asked | self.answered | self.gone and member.due <= now
-            and not self._is_out(member)
+            and member.late is None and not self._is_out(member)
         ]  # fmt: skip
         if not due:
             return
@@ -326,13 +346,17 @@ class _Round:
             Message(self.content, member.node, self.kind, group_id=str(self.number), ttl=ttl) for member in due
         ]
         names = list(self.cohort.grid.push_messages(messages))
-        if None in names or len(names) != len(messages):
+        if len(names) != len(due):
             raise FederationError(f"round {self.number}: the engine did not take the instructions")
         # Pushing names the messages; errors that the engine makes itself carry no node id of the site.
-        self.pending.update(zip(names, due, strict=True))
-        self.bytes_down += len(due) * size_of(self.instruction)
-        for member in due:
-            self.cohort.tell(member.site, "asked", self.number)
+        for name, member in zip(names, due, strict=True):
+            if not name:  # its node went away in between
+                lost = f"round {self.number}: {member.name}: the engine did not take the instruction"
+                self._failed(member, FederationError(lost))
+                continue
+            self.pending[name] = member
+            self.bytes_down += size_of(self.instruction)
+            self.cohort.tell(member.site, "training", self.number)
 
     def _is_out(self, member: _Member) -> bool:
         if member.out_until <= self.number:
@@ -342,25 +366,43 @@ class _Round:
 
     def _pull(self) -> bool:
         """Whether anything came."""
-        cohort, arrived = self.cohort, False
-        late = {name: node for node, (name, _) in cohort._late.items()}
-        for message in cohort.grid.pull_messages({*self.pending, *late}):
-            name = message.metadata.reply_to_message_id
-            if (node := late.pop(name, None)) is not None:
-                _, of_round = cohort._late.pop(node)
-                cohort.observer.on_message(
-                    f"{cohort.members[node].name} answered round {of_round} too late: ignored"
-                )
-            elif name in self.pending:
-                self._take(message, self.pending.pop(name))
-                arrived = True
-        return arrived
+        late = {
+            member.late[0]: member for member in self.cohort.members.values()
+            if member.late is not None and (self.cohort.roster is None or member.node in self.cohort._online)
+        }  # fmt: skip
+        arrived = self.cohort.mailbox.arrived({*self.pending, *late})
+        for name, came in arrived:
+            if name in late:
+                self._take_late(came, late[name])
+            else:
+                self._take(came, self.pending.pop(name))
+        return bool(arrived)
 
-    def _take(self, message: Message, member: _Member) -> None:
-        member.late = False
+    def _take_late(self, came: Message | ProtocolError, member: _Member) -> None:
+        """What it says of the site's ledger is kept; it is not summed."""
+        assert member.late is not None
+        instruction, member.late = member.late[1], None
+        said = f"{member.name} answered round {instruction.server_round} too late: ignored"
         try:
-            answer = self.cohort.read(message, member, self.instruction)
+            answer = self._read(came, member, instruction)
             if isinstance(answer, SiteReply):
+                self.note(answer)
+        except (FederationError, ProtocolError) as error:
+            said = error.message
+        self.cohort.observer.on_message(said)
+
+    def _read(
+        self, came: Message | ProtocolError, member: _Member, instruction: RoundInstruction
+    ) -> SiteReply | Refusal:
+        if isinstance(came, ProtocolError):
+            raise ProtocolError(f"round {instruction.server_round}: {member.name}: {came.message}")
+        return self.cohort.read(came, member, instruction)
+
+    def _take(self, came: Message | ProtocolError, member: _Member) -> None:
+        try:
+            answer = self._read(came, member, self.instruction)
+            if isinstance(answer, SiteReply):
+                self.note(answer)
                 self.add(answer)
                 self.bytes_up += len(answer.envelope)
                 self.answered.add(member.node)
@@ -395,11 +437,13 @@ class _Round:
     def _out(self, member: _Member, failure: FedCanvasError, state: str, *, until: int | None = None) -> None:
         """Is asked no more in this round, and not before round `until`."""
         if until is None:
-            until = self.number + AGAIN_ROUNDS if self.cohort.roster is not None else NEVER
+            # Moments that were begun and lost are never given again; the rounds after them may well be answered.
+            again = self.number + (AGAIN_ROUNDS if self.number else 1)
+            until = again if self.cohort.roster is not None else NEVER
         self.failure, member.out_until = failure, until
         self.gone.add(member.node)
         self.cohort.tell(member.site, state, self.number)
-        left = self.cohort.could_take_part() - len(self.gone)
+        left = self.cohort.left(self.gone)
         if left >= self.cohort.fewest:
             self.cohort.observer.on_message(f"{failure.message}; the round goes on with {left} sites")
 

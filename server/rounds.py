@@ -22,7 +22,7 @@ from shared.models import flat_parameters, parameter_count
 from shared.observer import Observer
 from shared.privacy.plan import PrivacyPlan
 from shared.prompts import PromptPool
-from shared.records import RoundInstruction
+from shared.records import HEAD_BYTES, RoundInstruction, SiteReply, unpack_envelope
 from shared.rundir import RunDirectory
 
 WARM_START = 0  # the round of the moment release
@@ -69,7 +69,8 @@ def run_rounds(
             instruction = replace(instruction, attempt=charge(rundir, instruction, config=config, plan=plan))
             length = training.moment_size() if server_round == WARM_START else parameter_count(training.discriminator)
             summed = RoundSum(run_id=rundir.run_id, server_round=server_round, length=length)
-            asked = cohort.ask(instruction, summed.add)
+            # A ledger that is set back right after it answered is noticed by the head of that very answer.
+            asked = cohort.ask(instruction, summed.add, lambda reply: remember_head(rundir, reply))
             released = summed.total, summed.replies
             rundir.remember_sites(summed.heads, {r.site_id: r.code.value for r in asked.refusals}, server_round)
             rundir.save_release(server_round, summed.total, replies=summed.replies)
@@ -89,6 +90,13 @@ def run_rounds(
             rundir.save_checkpoint(server_round, training.state_dict())
         server_round += 1
     return Outcome(rounds, training.digest, rundir.steps_charged())
+
+
+def remember_head(rundir: RunDirectory, reply: SiteReply) -> None:
+    """Raises `ProtocolError` where the envelope is none."""
+    length = max(0, len(reply.envelope) - HEAD_BYTES) // 8
+    _, head = unpack_envelope(reply.envelope, length=length)
+    rundir.remember_sites({reply.site_id: head}, {}, reply.server_round)
 
 
 def charge(rundir: RunDirectory, instruction: RoundInstruction, *, config: RunConfig, plan: PrivacyPlan) -> int:

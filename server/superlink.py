@@ -10,8 +10,8 @@ Uses parts of Flower 1.41 that are not public.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -33,16 +33,20 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from shared.app_bundle import bundle_content, bundle_digest
-from shared.errors import FederationError
 from shared.flower_runtime import Runtime, WorkSource
 
 TAKE_SECONDS = 60.0  # a run that was started is handed out at once
 POLL_SECONDS = 0.2
 UNREACHABLE = (httpx.HTTPError, ConnectionError)
+
+
+class EngineLost(Exception):
+    """The SuperLink does not do its part; the run itself goes on under another Flower run."""
 
 
 @dataclass(frozen=True)
@@ -104,36 +108,35 @@ class SuperLink:
         """The Grid of a new Flower run, which ends with the block.
 
         Raises:
-            FederationError: the SuperLink does not hand the run out.
+            EngineLost: the SuperLink does not hand the run out.
         """
         fab = Fab(bundle_digest(), bundle_content(), {})
-        started = self._control.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
-        grid = HttpGrid(self.runtime.address, root_certificates=self.runtime.authority, token=self._take())
-        client = grid._runtime_client
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-        status = SubStatus.FAILED
-        try:
+        with ExitStack() as ending:
+            run = self._control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+            ending.callback(_quietly, lambda: self._control.StopRun(StopRunRequest(run_id=run)))
+            grid = HttpGrid(self.runtime.address, root_certificates=self.runtime.authority, token=self._take())
+            ending.callback(grid.close)
+            client = grid._runtime_client
+            heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
             heartbeat.start()
+            ending.callback(lambda: heartbeat.stop() if heartbeat.is_running else None)
             given: PullTaskInputResponse = client.PullTaskInput(PullTaskInputRequest())
-            if given.run.run_id != started.run_id:
-                raise FederationError("the SuperLink handed out another run than the one that was started")
-            TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+            if given.run.run_id != run:
+                raise EngineLost("the SuperLink handed out another run than the one that was started")
+            TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, run
             TaskIdentity.node_id = given.context.node_id
             grid.set_run(run_from_proto(given.run))
+            output = PushTaskOutputRequest(
+                context=context_to_proto(context_from_proto(given.context)), sub_status=SubStatus.FAILED, details=""
+            )
+
+            def end() -> None:
+                grid._retry_invoker.max_tries = 1
+                client.PushTaskOutput(output)
+
+            ending.callback(_quietly, end)
             yield grid
-            status = SubStatus.COMPLETED
-        finally:
-            grid._retry_invoker.max_tries = 1
-            with suppress(*UNREACHABLE, RuntimeError):
-                context = context_from_proto(given.context)
-                client.PushTaskOutput(
-                    PushTaskOutputRequest(context=context_to_proto(context), sub_status=status, details="")
-                )
-            if heartbeat.is_running:
-                heartbeat.stop()
-            grid.close()
-            with suppress(*UNREACHABLE):
-                self._control.StopRun(StopRunRequest(run_id=started.run_id))
+            output.sub_status = SubStatus.COMPLETED
 
     def _take(self) -> str:
         until = time.monotonic() + TAKE_SECONDS
@@ -142,4 +145,10 @@ class SuperLink:
                 if (token := source.take()) is not None:
                     return token
                 time.sleep(POLL_SECONDS)
-        raise FederationError("the SuperLink does not hand out the run", hint="its log is in logs/superlink.log")
+        raise EngineLost("the SuperLink does not hand out the run: its log is in logs/superlink.log")
+
+
+def _quietly(call: Callable[[], object]) -> None:
+    """What is told to a SuperLink that may be gone, or has ended the run itself."""
+    with suppress(*UNREACHABLE, RunNotRunningException):
+        call()

@@ -27,8 +27,8 @@ from server.federation import FederationFolder
 from server.result import finish
 from server.roster import LiveRoster, RunRoster
 from server.run_queue import COHORT, QueuedRun, RunQueue
-from server.superlink import SuperLink
-from shared.errors import FedCanvasError
+from server.superlink import UNREACHABLE, EngineLost, SuperLink
+from shared.errors import FedCanvasError, RunDirectoryError
 from shared.flower_runtime import Runtime
 from shared.rundir import RunDirectory
 
@@ -68,18 +68,30 @@ def work(folder: Path, *, ending: threading.Event) -> None:
             if live.trouble or (queued := queue.next()) is None:
                 ending.wait(IDLE_SECONDS)
                 continue
-            log = _Log(queued.name, 0)
+            log, asked = _Log(queued.name, 0), _asked(queued)
             try:
                 superlink.stop_runs()  # of a process that was killed
                 _do(queued, log, federation=federation, live=live, superlink=superlink, queue=queue, ending=ending)
                 failures = 0
-            except (Exception, RunNotRunningException) as error:  # the SuperLink was killed, or ended our Flower run
-                failures = 0 if log.done else failures + 1
-                traceback.print_exc()
+            except (*UNREACHABLE, EngineLost, RunNotRunningException, RunDirectoryError) as error:
+                # The SuperLink was killed or ended our Flower run, or a worker that was killed still holds the folder.
+                failures = 0 if _asked(queued) > asked else failures + 1
+                log.on_message(f"{type(error).__name__}: {error}; it is tried again in {ENGINE_SECONDS:.0f} s")
                 if failures > MOST_ENGINE_FAILURES:
-                    queue.note(queued.name, "failed", f"the SuperLink fails: {type(error).__name__}; see logs/")
+                    queue.note(queued.name, "failed", f"{type(error).__name__}: {error}")
                     failures = 0
                 ending.wait(ENGINE_SECONDS)
+            except Exception as error:  # a bug: again it would be the same
+                traceback.print_exc()
+                queue.note(queued.name, "failed", f"{type(error).__name__}, see logs/worker.log")
+
+
+def _asked(queued: QueuedRun) -> int:
+    """How many questions the run has asked: whether it gets on."""
+    try:
+        return len(RunDirectory.open(queued.path).charges())
+    except FedCanvasError:
+        return 0
 
 
 def _do(
@@ -98,6 +110,7 @@ def _do(
                     cohort = Cohort(
                         grid, rundir.config.federation, log,
                         roster=RunRoster(live, rundir.read_json(COHORT)["sites"]), channel=federation.channel(),
+                        begun=bool(rundir.heads()),
                         stopped=lambda: ending.is_set() or queue.is_cancelled(name), tell=partial(live.tell, run=name),
                     )  # fmt: skip
                     serve(cohort, rundir, log)
