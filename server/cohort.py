@@ -372,9 +372,9 @@ class _Round:
         }  # fmt: skip
         arrived = self.cohort.mailbox.arrived({*self.pending, *late})
         for name, came in arrived:
-            if name in late:
-                self._take_late(came, late[name])
-            else:
+            if (member := late.pop(name, None)) is not None:
+                self._take_late(came, member)
+            elif name in self.pending:  # else a second answer
                 self._take(came, self.pending.pop(name))
         return bool(arrived)
 

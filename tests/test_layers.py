@@ -42,8 +42,8 @@ LEVELS = {
 # A library that is slow to load, or that has to be trusted, is met in one place.
 PLACES = {
     "flwr": {
-        "client.app", "client.worker", "server.app", "server.cohort", "server.mailbox", "server.superlink", "server.worker",
-        "shared.app_bundle", "shared.flower_runtime", "shared.records", "simulations.engines",
+        "client.app", "client.worker", "server.app", "server.cohort", "server.mailbox", "server.superlink",
+        "server.worker", "shared.app_bundle", "shared.flower_runtime", "shared.records", "simulations.engines",
     },
     "ray": {"simulations.engines"},
     "opacus": {"shared.privacy"},
