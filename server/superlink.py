@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, cast
 
 import httpx
 from flwr.common.constant import HEARTBEAT_PATIENCE, SubStatus
@@ -34,6 +34,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
@@ -115,8 +116,10 @@ class SuperLink:
             run = self._control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
             ending.callback(_quietly, lambda: self._control.StopRun(StopRunRequest(run_id=run)))
             grid = HttpGrid(self.runtime.address, root_certificates=self.runtime.authority, token=self._take())
-            ending.callback(grid.close)
             client = grid._runtime_client
+            ending.callback(client.close)
+            guarded = _WhileItLasts(client)
+            grid._client = cast(RuntimeHttpClient, guarded)
             heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
             heartbeat.start()
             ending.callback(lambda: heartbeat.stop() if heartbeat.is_running else None)
@@ -131,6 +134,7 @@ class SuperLink:
             )
 
             def end() -> None:
+                guarded.over = True
                 grid._retry_invoker.max_tries = 1
                 client.PushTaskOutput(output)
 
@@ -146,6 +150,26 @@ class SuperLink:
                     return token
                 time.sleep(POLL_SECONDS)
         raise EngineLost("the SuperLink does not hand out the run: its log is in logs/superlink.log")
+
+
+class _WhileItLasts:
+    """A run's client, for threads that may still wait for an answer when the run is over.
+
+    Flower's client takes a token that has ended for a reason to end the whole process.
+    """
+
+    def __init__(self, client: RuntimeHttpClient) -> None:
+        self._client, self.over = client, False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            if self.over:
+                raise EngineLost("the run is over")
+            return method(*arguments, **named)
+
+        return call
 
 
 def _quietly(call: Callable[[], object]) -> None:

@@ -77,7 +77,8 @@ class DeployedFederation:
         self.folder, self._listen = folder / "server", free_port()
         self.wire = Wire(self._listen)
         self.federation = FederationFolder.create(self.folder, name=NAME, address=f"localhost:{self.wire.port}")
-        self.sites = make_sites(folder / "sites", sizes=sizes, seed=None, policy=toy_policy(**OPEN, federations=[NAME]))
+        policy = toy_policy(**OPEN, federations=[NAME], max_epsilon=100.0, delta=0.1)  # for many runs
+        self.sites = make_sites(folder / "sites", sizes=sizes, seed=None, policy=policy)
         for site in self.sites:
             self.join(site)
         self.queue = RunQueue(self.folder)
