@@ -10,6 +10,7 @@ Not here: who is admitted (`server.federation`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from server.federation import FederationFolder
-from server.superlink import UNREACHABLE, Node, SuperLink
+from server.superlink import Node, SuperLink
 from shared.disk import write_whole
-from shared.errors import TrustError
+from shared.errors import RunDirectoryError
 from shared.flower_runtime import Runtime
 from shared.protection.keys import node_key_pem
 
@@ -90,18 +91,26 @@ class LiveRoster:
 
     def _look_on(self) -> None:
         while not self._ending.is_set():
+            # Whatever it is, a full disk or an answer that Flower cannot read: without this thread no site is ever
+            # seen again, and nobody would be told.
             try:
                 with SuperLink(self.runtime) as superlink:
                     while not self._ending.wait(LOOK_SECONDS):
                         self._look(superlink)
-                        self.trouble = ""
-            except (*UNREACHABLE, TrustError) as error:
-                self.trouble = str(error) or type(error).__name__
-                with self._lock:
-                    for about in self._seen.values():
-                        about.online = False
-                self._write()
+            except Exception as error:
+                self._note_trouble(error)
                 self._ending.wait(LOOK_SECONDS)
+
+    def _note_trouble(self, error: Exception) -> None:
+        words = str(error) or type(error).__name__
+        if words != self.trouble:
+            print(f"roster: {type(error).__name__}: {words}", flush=True)  # once, not every second
+        self.trouble = words
+        with self._lock:
+            for about in self._seen.values():
+                about.online = False
+        with contextlib.suppress(RunDirectoryError):  # that may be the trouble
+            self._write(words)
 
     def _look(self, superlink: SuperLink) -> None:
         admitted = {site.site: node_key_pem(site.node) for site in self.federation.roster()}
@@ -117,12 +126,13 @@ class LiveRoster:
             for site, key in admitted.items():
                 if (found := nodes.get(key)) is not None:
                     _note(self._seen[site], found)
-        self._write()
+        self._write("")
+        self.trouble = ""
 
-    def _write(self) -> None:
+    def _write(self, trouble: str) -> None:
         with self._lock:
             sites = {site: asdict(about) for site, about in self._seen.items()}
-        about: dict[str, Any] = {"time": _utc(time.time()), "trouble": self.trouble, "sites": sites}
+        about: dict[str, Any] = {"time": _utc(time.time()), "trouble": trouble, "sites": sites}
         write_whole(self.federation.path / SEEN, json.dumps(about, indent=2).encode() + b"\n", durable=False)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -28,7 +30,10 @@ from shared.records import (
 )
 
 PEM = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"  # of the form alone
-NODE_KEY = "ecdsa-sha2-nistp384 " + "A" * 182 + "=="  # this one too
+NODE_KEY = (
+    ec.generate_private_key(ec.SECP384R1()).public_key()
+    .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+)  # fmt: skip
 
 
 @dataclass

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared.errors import TrustError
 from shared.protection.channel import NEWEST, AggregatorChannel, SiteChannel
@@ -25,7 +27,14 @@ FEDERATION = Federation("retina-2026", "fl.example.org:9443", PEM, IDENTITY.publ
 KEYS = AggregatorKeys(
     "retina-2026", 1, SigningKey.generate().public, OpeningKey.generate().public, NOW, NOW + timedelta(days=90)
 )
-NODE = "ecdsa-sha2-nistp384 " + "A" * 182 + "=="
+
+
+def node_key(curve: ec.EllipticCurve) -> str:
+    public = ec.generate_private_key(curve).public_key()
+    return public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+NODE = node_key(ec.SECP384R1())
 ST_ANNA = SiteKeys("retina-2026", "st-anna", SITE.public, NODE)
 
 
@@ -129,7 +138,11 @@ def test_a_request_with_somebody_else_s_key_in_it_is_refused() -> None:
     "changes",
     [
         {"site": "../st-anna"}, {"site": ""}, {"federation": "a/b"}, {"node": "ssh-rsa AAAA"},
-        {"node": NODE + "\nevil"}, {"node": ""}, {"node": NODE[:-3] + "B=="},  # the same bytes, spelled otherwise
+        {"node": NODE + "\nevil"}, {"node": ""}, {"node": node_key(ec.SECP256R1())},
+        {"node": "ecdsa-sha2-nistp384 " + "A" * 182 + "=="},  # made up
+        {"node": NODE[:120] + ("A" if NODE[120] != "A" else "B") + NODE[121:]},  # no point of the curve
+        {"node": NODE.replace("nistp384", "nistp521", 1)},
+        {"node": node_key(ec.SECP256R1()).replace("nistp256", "nistp384", 1)},
     ],
 )  # fmt: skip
 def test_a_request_with_a_name_or_node_key_that_could_not_be_is_refused(changes: dict[str, Any]) -> None:

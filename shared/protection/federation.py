@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 from shared.errors import TrustError
-from shared.protection.keys import SealFor, SigningKey, VerifyKey, fingerprint, from_base64
+from shared.protection.keys import SealFor, SigningKey, VerifyKey, fingerprint, node_key_pem
 from shared.protection.statements import canonical, read_statement, sign_statement
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")  # a federation's, and short enough for a certificate
@@ -178,7 +178,10 @@ class SiteKeys:
             raise TrustError(f"{what} names no federation or site that could be")
         if not _NODE_KEY.fullmatch(keys.node):
             raise TrustError(f"{what} has no node key of the kind that is made here (ECDSA, P-384, OpenSSH)")
-        from_base64(keys.node.split()[1])  # in its one form: a revoked key under another spelling would be a new one
+        try:
+            node_key_pem(keys.node)
+        except TrustError as error:  # a key that is none would stop at the SuperLink, long after a person said yes
+            raise TrustError(f"{what}: {error.message}") from None
         return keys
 
 

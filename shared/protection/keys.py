@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -177,8 +177,19 @@ def read_node_key(path: Path) -> str:
 
 
 def node_key_pem(line: str) -> bytes:
-    """The public key of `read_node_key` as Flower's SuperLink keeps it: PEM."""
-    public = serialization.load_ssh_public_key(line.encode())
+    """The public key of `read_node_key` as Flower's SuperLink keeps it: PEM.
+
+    Raises:
+        TrustError: it is no point of P-384, or is spelled otherwise than `read_node_key` does.
+    """
+    public = None
+    with contextlib.suppress(ValueError, UnsupportedAlgorithm):
+        public = serialization.load_ssh_public_key(line.encode())
+    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP384R1):
+        raise TrustError("the node key is none of the kind that is made here (ECDSA, P-384, OpenSSH)")
+    # In its one form: a revoked key under another spelling would be a new one.
+    if public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) != line.encode():
+        raise TrustError("the node key is not in its one form")
     return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
