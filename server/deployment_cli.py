@@ -271,6 +271,8 @@ def _status_lines(folder: Path, about: dict[str, Any]) -> list[str]:
 def _site_words(about: dict[str, Any], site: dict[str, Any]) -> str:
     if not about["started"]:
         return "admitted"
+    if site["trouble"]:
+        return f"admitted, not registered: {printable(site['trouble'])}"
     if not site["registered"]:
         return "admitted, not registered yet"
     seen = f"last seen {site['last_seen']}" if site["last_seen"] else "never seen"

@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
+
 from server.federation import FederationFolder
 from server.superlink import Node, SuperLink
 from shared.disk import write_whole
@@ -29,6 +31,8 @@ from shared.protection.keys import node_key_pem
 
 SEEN = "run/sites.json"
 LOOK_SECONDS = 1.0
+TAKEN_BEFORE = 412  # Flower's answer to a key that it has already, be it of a node that was unregistered
+NEVER = "its key was taken off before and cannot come back: it must join with new keys"  # Flower forgets none
 
 
 @dataclass
@@ -40,6 +44,7 @@ class SeenSite:
         last_seen: of its node's last sign of life, UTC; "" for none.
         state: what it does or did for the run that is done: asked, answered, late, waits for approval, refused ...
         server_round: of `state`.
+        trouble: why the SuperLink does not take its node; "" where it does.
     """
 
     node: int = 0
@@ -49,6 +54,7 @@ class SeenSite:
     server_round: int = -1
     answered: int = -1  # the last round that it answered
     run: str = ""
+    trouble: str = ""
 
 
 class LiveRoster:
@@ -58,6 +64,7 @@ class LiveRoster:
         self.federation, self.runtime = federation, runtime
         self.trouble = "not looked yet"  # "" when the SuperLink answered the last time
         self._seen: dict[str, SeenSite] = {}
+        self._refused: dict[bytes, str] = {}  # node keys that Flower will not have, and why
         self._lock, self._ending = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="roster", daemon=True)
 
@@ -115,19 +122,32 @@ class LiveRoster:
     def _look(self, superlink: SuperLink) -> None:
         admitted = {site.site: node_key_pem(site.node) for site in self.federation.roster()}
         nodes = {node.key: node for node in superlink.nodes()}
-        for site, key in admitted.items():
-            if key not in nodes:
-                superlink.register(key, name=site)
-        for key, node in nodes.items():
+        for key, node in nodes.items():  # first: nothing that another site does may keep a revoked one in
             if key not in admitted.values():
-                superlink.unregister(node.id)
+                with contextlib.suppress(httpx.HTTPStatusError):  # it went by itself; else the next look tries again
+                    superlink.unregister(node.id)
+        for site, key in admitted.items():
+            if key not in nodes and self._refused.get(key) != NEVER:
+                self._register(superlink, site, key)
         with self._lock:
             self._seen = {site: self._seen.get(site, SeenSite()) for site in admitted}
             for site, key in admitted.items():
-                if (found := nodes.get(key)) is not None:
-                    _note(self._seen[site], found)
+                _note(self._seen[site], nodes.get(key))
+                self._seen[site].trouble = self._refused.get(key, "")
         self._write("")
         self.trouble = ""
+
+    def _register(self, superlink: SuperLink, site: str, key: bytes) -> None:
+        """A site's key that Flower does not take costs that site alone."""
+        before = self._refused.pop(key, "")
+        try:
+            superlink.register(key, name=site)
+        except httpx.HTTPStatusError as error:
+            code = error.response.status_code
+            words = NEVER if code == TAKEN_BEFORE else f"the SuperLink does not take its node: HTTP {code}"
+            self._refused[key] = words
+            if words != before:
+                print(f"roster: site {site}: {words}", flush=True)
 
     def _write(self, trouble: str) -> None:
         with self._lock:
@@ -157,9 +177,9 @@ def read_seen(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _note(about: SeenSite, node: Node) -> None:
-    about.node, about.online = node.id, node.online
-    if node.seen:
+def _note(about: SeenSite, node: Node | None) -> None:
+    about.node, about.online = (node.id, node.online) if node is not None else (0, False)
+    if node is not None and node.seen:
         about.last_seen = _utc(node.seen)
 
 

@@ -60,7 +60,7 @@ def server_status(folder: Path) -> dict[str, Any]:
             "site": site.site, "fingerprint": site.fingerprint, "registered": bool(about.get("node")),
             "online": bool(about.get("online")) and fresh, "last_seen": about.get("last_seen", ""),
             "run": about.get("run", ""), "state": about.get("state", ""), "round": about.get("server_round", -1),
-            "answered": about.get("answered", -1),
+            "answered": about.get("answered", -1), "trouble": about.get("trouble", ""),
         })  # fmt: skip
     return {
         "name": known.name, "address": known.address, "fingerprint": known.fingerprint,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,12 +16,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flower_processes import eventually
 
 import server.roster
+from server.deployment import programs
 from server.federation import FederationFolder
 from server.roster import LiveRoster, read_seen
+from server.status import server_status
 from server.superlink import Node
 from shared.flower_runtime import Runtime
 from shared.protection.federation import SiteKeys
 from shared.protection.keys import SigningKey
+from shared.supervisor import supervise
 
 
 def new_site(folder: FederationFolder, name: str) -> SiteKeys:
@@ -98,3 +104,41 @@ def test_a_disk_that_takes_nothing_ends_no_roster(roster: LiveRoster, folder: Fe
     eventually(lambda: "cannot be written" in roster.trouble, "the trouble in words", 10)
     in_the_way.rmdir()
     eventually(lambda: roster.trouble == "", "another look", 10)
+
+
+@pytest.fixture
+def superlink(folder: FederationFolder) -> Iterator[None]:
+    """Flower's own."""
+    stopped = threading.Event()
+    only = [program for program in programs(folder.path) if program.name == "superlink"]
+    thread = threading.Thread(target=supervise, args=(folder.path, only), kwargs={"stopped": stopped})
+    thread.start()
+    yield
+    stopped.set()
+    thread.join(timeout=60)
+
+
+@pytest.mark.usefixtures("superlink")
+def test_a_key_that_flower_took_off_before_costs_its_own_site_and_no_other(folder: FederationFolder) -> None:
+    new_site(folder, "a-first")
+    admission = folder.path / "sites/a-first.json"
+
+    def seen(site: str) -> dict[str, Any]:
+        return next((one for one in server_status(folder.path)["sites"] if one["site"] == site), {})
+
+    with LiveRoster(folder, Runtime.read(folder.path)) as live:
+        eventually(lambda: live.trouble == "" and seen("a-first")["registered"], "a node", 60)
+        # Moved away and back, which is no revocation: Flower keeps the key of a node that it took off.
+        away = admission.rename(folder.path / "a-first.json")
+        eventually(lambda: live.sites() == set(), "an empty roster", 10)
+        time.sleep(2)
+        away.rename(admission)
+        new_site(folder, "b-second")
+        eventually(lambda: seen("b-second")["registered"], "the other site's node", 20)
+        eventually(lambda: "must join with new keys" in seen("a-first")["trouble"], "words about the first", 20)
+        assert (seen("a-first")["registered"], seen("b-second")["trouble"], live.trouble) == (False, "", "")
+        # Its next keys are welcome.
+        folder.revoke("a-first")
+        new_site(folder, "a-first")
+        eventually(lambda: seen("a-first")["registered"], "its new node", 20)
+        assert seen("a-first")["trouble"] == ""
