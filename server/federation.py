@@ -16,7 +16,6 @@ Not here: processes (`server.deployment`) and runs (`server.rounds`).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import shutil
@@ -213,15 +212,28 @@ class FederationFolder:
             return keys
 
     def roster(self) -> list[SiteKeys]:
-        """By name, without those whose keys were revoked; `TrustError` where an admission is not by the identity."""
-        admitted, revoked = list(self._admitted()), self._revoked()
-        return [keys for keys in admitted if not _keys_of(keys) & revoked]
+        """By name, without those whose keys were revoked, and without what is no admission by the identity: `warnings`
+        names it, and no other site pays for it.
 
-    def _admitted(self) -> Iterator[SiteKeys]:
-        """As the files say: somebody may have copied one back that was revoked."""
+        Raises:
+            TrustError: what was revoked cannot be read, so that nobody knows which keys do not count.
+        """
+        admitted, revoked = self._admitted(), self._revoked()
+        return [keys for keys in admitted if isinstance(keys, SiteKeys) and not _keys_of(keys) & revoked]
+
+    def _admitted(self) -> list[SiteKeys | TrustError]:
+        """As the files say: somebody may have copied one back that was revoked, or put something else there."""
+        found: list[SiteKeys | TrustError] = []
         for path in sorted((self.path / SITES).glob("*.json")):
-            with contextlib.suppress(FileNotFoundError):  # revoked a moment ago
-                yield self._read(path)
+            try:
+                found.append(self._read(path))
+            except FileNotFoundError:
+                pass  # revoked a moment ago
+            except TrustError as error:
+                found.append(error)
+            except OSError as error:
+                found.append(TrustError(f"{path} cannot be read: {error.strerror or error}"))
+        return found
 
     def _revoked(self) -> set[str]:
         """Every key, signing or node, of every admission that was ended."""
@@ -246,7 +258,9 @@ class FederationFolder:
         found = []
         revoked = self._revoked()
         for keys in self._admitted():
-            if _keys_of(keys) & revoked:
+            if isinstance(keys, TrustError):
+                found.append(f"a file in {SITES}/ is no admission and does not count: {keys.message}")
+            elif _keys_of(keys) & revoked:
                 found.append(f"{SITES}/{keys.site}.json holds keys that were revoked: it does not count, remove it")
         for name in (AUTHORITY, CERTIFICATE):
             if words := validity(read_certificate(self.path / name)).warning(now):
@@ -262,7 +276,7 @@ class _Roster(Mapping[str, VerifyKey]):
     """Site to signing key, read anew each time: what was revoked a moment ago is no site."""
 
     def __init__(self, folder: FederationFolder) -> None:
-        folder.roster()  # a damaged one is said at once
+        folder.roster()  # where nothing can be said about any site, that is said at once
         self._folder = folder
 
     def __getitem__(self, site: str) -> VerifyKey:
