@@ -1,22 +1,28 @@
 """The runs of a federation's server, one after another: what the operator wants of each, and how far it is.
 
     FOLDER/runs/NAME/              the run directory (`shared.rundir`); the trained model is in its `model/`
-    FOLDER/runs/NAME.wanted.json   what the operator wants: "run" or "cancel"; written by the command line alone
-    FOLDER/runs/NAME.state.json    how far it is, and why it ended; written by the server's worker alone
+    FOLDER/runs/NAME.wanted.json   what the operator wants: "run" or "cancel", and how often it was resumed; written by
+                                   the command line alone
+    FOLDER/runs/NAME.state.json    how far it is, why it ended, and for which resumption that is; written by the
+                                   server's worker alone
+    FOLDER/runs/.lock              held for the moment of either writing
 
 Not here: doing them (`server.worker`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from shared.config import RunConfig
 from shared.disk import write_whole
@@ -26,9 +32,12 @@ from shared.rundir import RunDirectory
 RUNS = "runs"
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 
-State = Literal["waiting", "running", "finished", "failed", "cancelled"]
+State = Literal["waiting", "running", "finished", "failed", "cancelled", "unreadable"]
 OVER = ("finished", "failed", "cancelled")
 COHORT = "cohort.json"  # in the run directory: the sites that may take part
+# What the two files say where they are absent.
+WANTED: Mapping[str, Any] = {"wanted": "run", "since": "", "asked": "", "resumed": 0}
+WRITTEN: Mapping[str, Any] = {"state": "waiting", "reason": "", "since": "", "resumed": 0}
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,9 @@ class QueuedRun:
     """One run of the federation.
 
     Attributes:
-        reason: why it failed, in words; "" otherwise.
+        reason: why it failed or what cannot be read, in words; "" otherwise.
         since: when it came into this state, UTC.
+        cancelling: it is running, and will be cancelled as soon as the worker sees that.
     """
 
     name: str
@@ -45,6 +55,7 @@ class QueuedRun:
     state: State
     reason: str
     since: str
+    cancelling: bool = False
 
 
 class RunQueue:
@@ -68,72 +79,128 @@ class RunQueue:
             raise UsageError(f"'{name}' is no name of a run", hint="1 to 64 letters, digits, dashes and underscores")
         if (self.folder / name).exists():
             raise UsageError(f"there is a run '{name}' already", hint="name another: --name")
+        for left in (self._wanted_path(name), self._state_path(name)):
+            if left.exists():  # it would be taken for this run's
+                raise UsageError(f"{left} is left of an earlier run", hint="remove it, or name another run: --name")
         RunDirectory.create(
             self.folder / name, config=config, prompts=prompts, entropy="system", run_id=secrets.token_hex(8),
             documents={COHORT: {"sites": list(sites)}, **(documents or {})},
         ).close()  # fmt: skip
-        self._want(name, "run")
+        with self._one_writes(name):
+            self._want(name, "run", resumed=0)
         return self[name]
 
     def cancel(self, name: str) -> QueuedRun:
         """Ends it; what was spent stays spent. Raises `UsageError` where it is over already."""
-        found = self[name]
-        if found.state in OVER:
-            raise UsageError(f"run '{name}' is {found.state} already")
-        self._want(name, "cancel")
-        return found
+        with self._one_writes(name):
+            found = self._readable(name)
+            if found.state in OVER:
+                raise UsageError(f"run '{name}' is {found.state} already")
+            self._want(name, "cancel", resumed=self._resumed(name))
+        return self[name]
 
     def resume(self, name: str) -> QueuedRun:
-        """From its last checkpoint on. Raises `UsageError` where it is not over, or is finished."""
-        found = self[name]
-        if found.state not in ("failed", "cancelled"):
-            raise UsageError(f"run '{name}' is {found.state}", hint="only a failed or cancelled run is resumed")
-        self._want(name, "run")
-        self._state_path(name).unlink(missing_ok=True)
+        """From its last checkpoint on; a cancellation that the worker has not seen yet is taken back.
+
+        Raises:
+            UsageError: it is not over, or is finished.
+        """
+        with self._one_writes(name):
+            found = self._readable(name)
+            if found.state not in ("failed", "cancelled") and not found.cancelling:
+                raise UsageError(f"run '{name}' is {found.state}", hint="only a failed or cancelled run is resumed")
+            # One more makes the state on disk that of an earlier time; a run that is going on keeps its own.
+            self._want(name, "run", resumed=self._resumed(name) + (0 if found.cancelling else 1))
         return self[name]
 
     def __getitem__(self, name: str) -> QueuedRun:
+        """Raises `UsageError` where there is no such run; one that cannot be read is "unreadable"."""
+        if not self._is_run(name):
+            raise UsageError(f"there is no run '{name}'", hint=f"there are: {', '.join(self._names()) or 'none'}")
         path = self.folder / name
-        if not NAME.fullmatch(name) or not RunDirectory.exists(path):
-            known = ", ".join(run.name for run in self.all()) or "none"
-            raise UsageError(f"there is no run '{name}'", hint=f"there are: {known}")
-        written = _read(self._state_path(name))
-        state, since = written.get("state", "waiting"), written.get("since", "")
-        wanted = _read(self._wanted_path(name))
-        if self._cancelled(name) and state == "waiting":
-            state = "cancelled"  # before its turn
-        return QueuedRun(name, path, state, written.get("reason", ""), since or wanted.get("since", ""))
+        try:
+            wanted, written = _read(self._wanted_path(name), WANTED), _read(self._state_path(name), WRITTEN)
+        except UsageError as error:
+            return QueuedRun(name, path, "unreadable", f"{error.message}: {error.hint}", "")
+        cancelled = wanted["wanted"] == "cancel"
+        if written["resumed"] < wanted["resumed"] or written["state"] == "waiting":
+            return QueuedRun(name, path, "cancelled" if cancelled else "waiting", "", wanted["since"])
+        state = written["state"]
+        return QueuedRun(
+            name, path, state, written["reason"], written["since"], cancelling=cancelled and state == "running"
+        )
 
     def all(self) -> list[QueuedRun]:
         """In the order in which they were asked for."""
-        names = [path.name for path in self.folder.glob("*") if RunDirectory.exists(path)]
-        return [self[name] for name in sorted(names, key=lambda name: (self._first_asked(name), name))]
+        return [self[name] for name in self._names()]
+
+    def turns(self) -> list[QueuedRun]:
+        """Those to be done, in order: one that was begun comes before any other."""
+        return sorted(
+            (run for run in self.all() if run.state in ("running", "waiting")), key=lambda run: run.state != "running"
+        )
 
     # ---- for the worker
 
     def next(self) -> QueuedRun | None:
-        """The one to be done now: one that was begun before any other."""
-        ready = [run for run in self.all() if run.state in ("running", "waiting")]
-        return min(ready, key=lambda run: run.state != "running", default=None)
+        """The one to be done now."""
+        return next(iter(self.turns()), None)
 
     def is_cancelled(self, name: str) -> bool:
-        return self._cancelled(name)
+        return bool(self._wanted(name)["wanted"] == "cancel")
 
     def note(self, name: str, state: State, reason: str = "") -> None:
-        about = {"state": state, "reason": reason, "since": _now()}
-        write_whole(self._state_path(name), json.dumps(about).encode() + b"\n")
+        """That a cancellation was taken back meanwhile is seen here: the run then stays as it is, and goes on."""
+        with self._one_writes(name):
+            if state == "cancelled" and not self.is_cancelled(name):
+                return
+            about = {"state": state, "reason": reason, "since": _now(), "resumed": self._resumed(name)}
+            write_whole(self._state_path(name), json.dumps(about).encode() + b"\n")
 
     # ---- inside
 
-    def _cancelled(self, name: str) -> bool:
-        return _read(self._wanted_path(name)).get("wanted") == "cancel"
+    def _names(self) -> list[str]:
+        """Of what stands here as a run; a copy or a run that is just appearing has a name that none can have."""
+        found = [path.name for path in self.folder.glob("*") if self._is_run(path.name)]
+        return sorted(found, key=lambda name: (self._wanted(name)["asked"], name))
 
-    def _first_asked(self, name: str) -> str:
-        return str(_read(self._wanted_path(name)).get("asked", ""))
+    def _is_run(self, name: str) -> bool:
+        return NAME.fullmatch(name) is not None and RunDirectory.exists(self.folder / name)
 
-    def _want(self, name: str, wanted: str) -> None:
-        about = {"wanted": wanted, "since": _now(), "asked": self._first_asked(name) or _now(fine=True)}
+    def _readable(self, name: str) -> QueuedRun:
+        if (found := self[name]).state == "unreadable":
+            raise UsageError(f"run '{name}' is unreadable: {found.reason}")
+        return found
+
+    def _wanted(self, name: str) -> dict[str, Any]:
+        """As if it were absent where it is damaged."""
+        try:
+            return _read(self._wanted_path(name), WANTED)
+        except UsageError:
+            return dict(WANTED)
+
+    def _resumed(self, name: str) -> int:
+        """How often, by whichever of the two files can be read."""
+        resumed = self._wanted(name)["resumed"]
+        with suppress(UsageError):
+            resumed = max(resumed, _read(self._state_path(name), WRITTEN)["resumed"])
+        return int(resumed)
+
+    def _want(self, name: str, wanted: str, *, resumed: int) -> None:
+        asked = self._wanted(name)["asked"] or _now(fine=True)
+        about = {"wanted": wanted, "since": _now(), "asked": asked, "resumed": resumed}
         write_whole(self._wanted_path(name), json.dumps(about).encode() + b"\n")
+
+    @contextmanager
+    def _one_writes(self, name: str) -> Iterator[None]:
+        """Waits for the other. Between looking at one file and writing the other nothing changes."""
+        self[name]  # there is such a run
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _wanted_path(self, name: str) -> Path:
         return self.folder / f"{name}.wanted.json"
@@ -142,14 +209,18 @@ class RunQueue:
         return self.folder / f"{name}.state.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """`{}` where there is none yet."""
+def _read(path: Path, absent: Mapping[str, Any]) -> dict[str, Any]:
+    """Its values, with those of `absent` for what is not there, and of the same types."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = {**absent, **json.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError):
-        raise UsageError(f"{path} is damaged", hint="remove it; the run itself is whole") from None
+        return dict(absent)
+    except (OSError, ValueError, TypeError, RecursionError):
+        found = {}
+    known = found.get("state", "waiting") in get_args(State) and found.get("wanted", "run") in ("run", "cancel")
+    if not known or any(type(found.get(name)) is not type(value) for name, value in absent.items()):
+        raise UsageError(f"{path} is damaged", hint="remove it; the run itself is whole")
+    return found
 
 
 def _now(*, fine: bool = False) -> str:
