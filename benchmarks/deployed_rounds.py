@@ -68,9 +68,9 @@ def main() -> None:
     early: dict[str, float] = {}
     with rehearsal.started():
         rehearsal.type("server", "run", "server", f"{RUN}.toml")
-        rehearsal.approve(rehearsal.ask("server", "runs", "server")[0]["run_id"])
+        rehearsal.approve(rehearsal.ask("server", "runs", "server")["runs"][0]["run_id"])
         began = time.monotonic()
-        while (about := rehearsal.ask("server", "runs", "server")[0])["state"] in ("waiting", "running"):
+        while (about := rehearsal.ask("server", "runs", "server")["runs"][0])["state"] in ("waiting", "running"):
             if not early and about["rounds_done"] >= 10:
                 early = memory(given.out)
             late = memory(given.out)

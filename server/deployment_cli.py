@@ -50,7 +50,7 @@ def start(
     """
     from server.deployment import is_reachable, programs
     from server.federation import split_address
-    from server.status import server_status
+    from server.status import readiness
     from shared.supervisor import detach, is_held, supervise, until_told
 
     opened = _open(folder)
@@ -75,11 +75,11 @@ def start(
     made = detach([*python, "server", "start", str(folder.resolve()), *options], folder)
     try:
         ready = made.wait_until(
-            lambda: bool(server_status(folder)["ready"]) and is_reachable(f"localhost:{port}"), seconds=START_SECONDS
+            lambda: readiness(folder).ready and is_reachable(f"localhost:{port}"), seconds=START_SECONDS
         )
         if not ready:
             raise FederationError(
-                f"{folder} does not come up: {server_status(folder)['trouble'] or 'no word of it'}",
+                f"{folder} does not come up: {readiness(folder).trouble or 'no word of it'}",
                 hint=f"see {folder / 'logs'}; nothing was left running",
             )
     except BaseException:  # also a person who does not want to wait
@@ -155,7 +155,7 @@ def run(
     queued = queue.add(name, config=config, prompts=pool.texts, sites=sites, documents=documents)
     from server.status import run_status
 
-    about = run_status(queued)
+    about = run_status(queued, queue)
     if follow:
         about = _follow(queue, name)
     if as_json:
@@ -177,11 +177,11 @@ def run(
 def runs(folder: Folder, as_json: AsJson = False) -> None:
     """List the runs of the federation in DIR, in the order in which they were asked for."""
     from server.run_queue import RunQueue
-    from server.status import run_status
+    from server.status import runs_status
 
     _open(folder)
-    found = [run_status(queued) for queued in RunQueue(folder).all()]
-    typer.echo(json.dumps(found) if as_json else "\n".join(map(_run_line, found)) or "there is no run yet")
+    found = runs_status(RunQueue(folder))
+    typer.echo(json.dumps({"runs": found}) if as_json else "\n".join(map(_run_line, found)) or "there is no run yet")
 
 
 @group_command(server, "cancel", "end a run before its time")
@@ -236,12 +236,14 @@ def _follow(queue: Any, name: str) -> dict[str, Any]:
     told = ""
     while True:
         queued: QueuedRun = queue[name]
-        about = run_status(queued)
+        about = run_status(queued, queue)
         if (line := _run_line(about)) != told:
             say(line)
             told = line
         if queued.state == "failed":
             raise FederationError(f"run {name} failed: {queued.reason}", hint=f"fedcanvas server resume ... {name}")
+        if about["state"] == "unreadable":
+            raise FederationError(f"run {name} is unreadable: {about['reason']}")
         if queued.state in OVER:
             return about
         time.sleep(FOLLOW_SECONDS)
@@ -251,6 +253,7 @@ def _status_lines(folder: Path, about: dict[str, Any]) -> list[str]:
     lines = [
         f"federation {about['name']} at {about['address']}", f"  fingerprint  {about['fingerprint']}",
         f"  keys         {about['keys']['serial']}, in force until {about['keys']['not_after'][:10]}",
+        f"  release      {about['release']}",
     ]  # fmt: skip
     if not about["started"]:
         lines.append(f"  not started: `fedcanvas server start {shlex.quote(str(folder))}`")
@@ -285,7 +288,13 @@ def _site_words(about: dict[str, Any], site: dict[str, Any]) -> str:
 
 
 def _run_line(run: dict[str, Any]) -> str:
-    words = f"{run['run']:<20} {run['state']}, round {run['rounds_done']} of {run['rounds']}"
+    words = f"{run['run']:<20} {run['state']}"
+    if run["cancelling"]:
+        words += ", being cancelled"
+    if run["behind"]:
+        words += f" behind {run['behind']}"
+    if run["state"] != "unreadable":
+        words += f", round {run['rounds_done']} of {run['rounds']}"
     if run["seconds_a_round"]:
         words += f", {run['seconds_a_round']:.1f} s a round, {_size(run['bytes_down_a_round'])} down"
         words += f" and {_size(run['bytes_up_a_round'])} up"

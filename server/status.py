@@ -13,8 +13,10 @@ from typing import Any
 from server.federation import FederationFolder
 from server.roster import read_seen
 from server.run_queue import QueuedRun, RunQueue
+from shared.errors import FedCanvasError
 from shared.rundir import RunDirectory
 from shared.supervisor import status as supervisor_status
+from shared.tree import code_digest
 
 FRESH = timedelta(seconds=15)  # the worker writes every second
 
@@ -51,14 +53,13 @@ def server_status(folder: Path) -> dict[str, Any]:
     """Everything, as `fedcanvas server status --json` prints it."""
     opened = FederationFolder.open(folder)
     known, keys = opened.federation, opened.keys
-    supervised, seen = supervisor_status(folder), read_seen(folder)
-    fresh = supervised is not None and _is_fresh(seen.get("time", ""))
+    supervised, seen, ready = supervisor_status(folder), read_seen(folder), readiness(folder)
     sites = []
     for site in opened.roster():
         about = seen.get("sites", {}).get(site.site, {})
         sites.append({
             "site": site.site, "fingerprint": site.fingerprint, "registered": bool(about.get("node")),
-            "online": bool(about.get("online")) and fresh, "last_seen": about.get("last_seen", ""),
+            "online": bool(about.get("online")) and ready.fresh, "last_seen": about.get("last_seen", ""),
             "run": about.get("run", ""), "state": about.get("state", ""), "round": about.get("server_round", -1),
             "answered": about.get("answered", -1), "trouble": about.get("trouble", ""),
         })  # fmt: skip
@@ -66,23 +67,65 @@ def server_status(folder: Path) -> dict[str, Any]:
         "name": known.name, "address": known.address, "fingerprint": known.fingerprint,
         "keys": {"serial": keys.serial, "not_after": keys.not_after.isoformat()},
         "started": supervised is not None, "programs": (supervised or {}).get("programs", {}),
-        "ready": fresh and not seen.get("trouble"), "trouble": seen.get("trouble", "") if supervised else "",
-        "sites": sites, "runs": [run_status(run) for run in RunQueue(folder).all()], "warnings": opened.warnings(),
+        "ready": ready.ready, "trouble": ready.trouble, "release": release(),
+        "sites": sites, "runs": runs_status(RunQueue(folder)), "warnings": opened.warnings(),
     }  # fmt: skip
 
 
-def run_status(run: QueuedRun) -> dict[str, Any]:
-    far = progress(run)
-    return {
-        "run": run.name, "run_id": RunDirectory.open(run.path).run_id, "folder": str(run.path), "state": run.state,
-        "reason": run.reason, "since": run.since, "rounds_done": far.rounds_done, "rounds": far.rounds,
-        "seconds_a_round": round(far.seconds, 2), "bytes_down_a_round": far.bytes_down,
-        "bytes_up_a_round": far.bytes_up,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Readiness:
+    """Whether the worker looks after the sites.
+
+    Attributes:
+        fresh: what it wrote about them is of now.
+        trouble: what keeps it from doing so, in words; "" where nothing does, or where it has not said a word.
+    """
+
+    fresh: bool
+    trouble: str
+
+    @property
+    def ready(self) -> bool:
+        return self.fresh and not self.trouble
 
 
-def _is_fresh(time: str) -> bool:
+def readiness(folder: Path) -> Readiness:
+    supervised, seen = supervisor_status(folder), read_seen(folder)
+    since = (supervised or {}).get("since", "")
     try:
-        return datetime.now(UTC) - datetime.fromisoformat(time) < FRESH
-    except ValueError:
-        return False
+        told, began = datetime.fromisoformat(seen.get("time", "")), datetime.fromisoformat(since)
+        # What a worker of an earlier start left says nothing. Both are whole seconds: the same one may be either's.
+        if told <= began:
+            return Readiness(False, "")
+        return Readiness(datetime.now(UTC) - told < FRESH, str(seen.get("trouble", "")))
+    except (ValueError, TypeError):  # nobody has written one of them yet
+        return Readiness(False, "")
+
+
+def release() -> str:
+    """The digest by which a site's policy may allow this release."""
+    return code_digest(Path(__file__).resolve().parents[1])
+
+
+def runs_status(queue: RunQueue) -> list[dict[str, Any]]:
+    """All of them, in the order in which they were asked for."""
+    return [run_status(run, queue) for run in queue.all()]
+
+
+def run_status(run: QueuedRun, queue: RunQueue) -> dict[str, Any]:
+    """One of the runs; what is damaged is a state of its own, and no other run's trouble."""
+    state, reason, run_id, far = run.state, run.reason, "", RunProgress(0, 0, 0.0, 0, 0)
+    try:
+        run_id, far = RunDirectory.open(run.path).run_id, progress(run)
+    except FedCanvasError as error:
+        state, reason = "unreadable", error.message
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # JSON, and not what is written there
+        state, reason = "unreadable", f"the folder {run.path} is damaged: {type(error).__name__}: {error}"
+    turns = [due.name for due in queue.turns()] if state == "waiting" else []
+    place = turns.index(run.name) if run.name in turns else 0
+    return {
+        "run": run.name, "run_id": run_id, "folder": str(run.path), "state": state, "reason": reason,
+        "since": run.since, "cancelling": run.cancelling, "behind": turns[place - 1] if place else "",
+        "rounds_done": far.rounds_done, "rounds": far.rounds, "seconds_a_round": round(far.seconds, 2),
+        "bytes_down_a_round": far.bytes_down, "bytes_up_a_round": far.bytes_up,
+    }  # fmt: skip

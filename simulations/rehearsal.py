@@ -177,9 +177,9 @@ def rehearse(folder: Path, *, rounds: int = 12) -> None:
     rehearsal.begin()
     with rehearsal.started():
         rehearsal.type("server", "run", "server", f"{RUN}.toml")
-        run_id = rehearsal.ask("server", "runs", "server")[0]["run_id"]
+        run_id = rehearsal.ask("server", "runs", "server")["runs"][0]["run_id"]
         rehearsal.approve(run_id)
-        while (about := rehearsal.ask("server", "runs", "server")[0])["state"] in ("waiting", "running"):
+        while (about := rehearsal.ask("server", "runs", "server")["runs"][0])["state"] in ("waiting", "running"):
             print(f"round {about['rounds_done']} of {about['rounds']}", flush=True)
             time.sleep(10)
         rehearsal.show()
