@@ -18,6 +18,7 @@ from client.network import environment_of, proxy_of, trusted, write_trusted
 from client.policy import SitePolicy
 from client.settings import RELEASE_CODE, SETTINGS, SiteConfig
 from client.status import Connection, open_account, read_connection
+from shared.disk import make_private
 from shared.errors import ConfigError, DataError, FederationError
 from shared.flower_runtime import ENVIRONMENT, Runtime
 from shared.protection.keys import SigningKey, read_node_key
@@ -50,7 +51,7 @@ def programs(site_dir: Path) -> list[Program]:
     if federation is None:
         raise ConfigError(f"{site_dir} joined no federation", hint="`fedcanvas client join KIT SITE_DIR` does that")
     proxy = proxy_of(SiteConfig.read(site_dir), federation.address, os.environ)
-    (site_dir / "run/flower").mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(site_dir, "run", "run/flower")
     runtime = Runtime.prepare(site_dir)
     # The level is that of which `client.status` reads the words; Flower's DEBUG may show what is sensitive.
     environment = {

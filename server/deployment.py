@@ -15,15 +15,18 @@ Not here: keeping processes up (`shared.supervisor`).
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from server.federation import CERTIFICATE, CERTIFICATE_KEY, FederationFolder, split_address
-from shared.disk import write_whole
+from shared.disk import make_private, write_whole
 from shared.errors import UsageError
 from shared.flower_runtime import AUTHORITY, ENVIRONMENT, Runtime
 from shared.supervisor import Program
@@ -37,14 +40,17 @@ SITES_PATHS = tuple(
         "get-fab", "push-object", "pull-object", "confirm-message-received",
     )
 )  # fmt: skip
+OBJECT_PATH = "/v1/fleet/push-object"
 HEALTH = "/health"
 # Limits of the proxy.
-HEAD_BYTES, BODY_BYTES = 16_384, 64 * 2**20
+HEAD_BYTES, BODY_BYTES = 16_384, 2**20
+OBJECT_BYTES = 8 * 2**20  # of a piece of an answer: Flower cuts arrays into 5 MiB, and puts a head before each
 HEAD_SECONDS, IDLE_SECONDS, GRACE_SECONDS = 10, 30, 5
 STALL_SECONDS, BYTES_A_SECOND = 20, 1000  # of a body: how long it may stand still, and how slow it may be on average
-FILES = 1024  # open at once: two for each connection that is passed on
-IN_WORK = 64  # requests that the SuperLink works on at the same time; others wait
+FILES = 512  # open at once: two for each connection that is passed on. A body is held in memory until it is whole
+IN_WORK = 32  # requests that the SuperLink works on at the same time; others wait
 DIAL_SECONDS = 5
+CHECK_SECONDS = 30.0
 
 
 def programs(folder: Path, *, listen: str = "") -> list[Program]:
@@ -57,21 +63,21 @@ def programs(folder: Path, *, listen: str = "") -> list[Program]:
     """
     folder = folder.resolve()
     federation = FederationFolder.open(folder)
-    for name in ("run/flower", "run/caddy"):
-        (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(folder, "run", "run/flower", "run/caddy")
     runtime = Runtime.prepare(folder)
     listen = listen or f":{split_address(federation.federation.address)[1]}"
     write_whole(folder / PROXY, json.dumps(proxy_settings(folder, listen, runtime), indent=2).encode() + b"\n")
     caddy = find_proxy()
-    _check_proxy(caddy, folder / PROXY)
+    # Caddy keeps its own files there, also while it only looks at its configuration.
+    homes = {"XDG_DATA_HOME": str(folder / "run/caddy"), "XDG_CONFIG_HOME": str(folder / "run/caddy")}
+    _check_proxy(caddy, folder / PROXY, homes)
     environment = {**ENVIRONMENT, "FLWR_HOME": str(folder / "run/flower"), "FLWR_LOG_LEVEL": "INFO"}
     superlink = [
         str(Path(sys.executable).with_name("flower-superlink")), "--enable-supernode-auth",
         "--database", str(folder / DATABASE), *runtime.options(folder),
     ]  # fmt: skip
-    # Caddy keeps its own files there; what it opens is limited by the shell before it becomes Caddy.
+    # What it opens is limited by the shell before it becomes Caddy.
     proxy = ["/bin/sh", "-c", f'ulimit -n {FILES} && exec "$0" run --config "$1"', caddy, str(folder / PROXY)]
-    homes = {"XDG_DATA_HOME": str(folder / "run/caddy"), "XDG_CONFIG_HOME": str(folder / "run/caddy")}
     return [
         Program("superlink", superlink, environment),
         Program("proxy", proxy, homes),
@@ -91,9 +97,17 @@ def find_proxy() -> str:
     return found
 
 
-def _check_proxy(caddy: str, settings: Path) -> None:
-    """Raises `UsageError` where this Caddy does not know one of the limits."""
-    done = subprocess.run([caddy, "validate", "--config", str(settings)], capture_output=True, text=True)
+def _check_proxy(caddy: str, settings: Path, homes: Mapping[str, str]) -> None:
+    """Raises `UsageError` where this Caddy does not know one of the limits, or says nothing in time."""
+    command = [caddy, "validate", "--config", str(settings)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **homes}, timeout=CHECK_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"{caddy} did not look at its configuration within {CHECK_SECONDS:.0f} s", hint=shlex.join(command)
+        ) from None
     if done.returncode != 0:
         *_, last = ["", *(done.stderr + done.stdout).splitlines()]
         raise UsageError(
@@ -107,22 +121,28 @@ def proxy_settings(folder: Path, listen: str, runtime: Runtime) -> dict[str, Any
     to_superlink = {
         "handler": "reverse_proxy",
         "upstreams": [{"dial": runtime.address}],
-        "request_buffers": BODY_BYTES,  # the SuperLink sees no request before it is there whole
         "transport": {
             "protocol": "http", "dial_timeout": f"{DIAL_SECONDS}s", "max_conns_per_host": IN_WORK,
             "tls": {"ca": {"provider": "file", "pem_files": [str(folder / AUTHORITY)]}},
         },
         "headers": {"request": {"delete": ["X-Forwarded-*", "Forwarded"]}},
     }  # fmt: skip
-    routes = [
-        {
-            "match": [{"path": list(SITES_PATHS), "method": ["POST"]}],
-            "handle": [{"handler": "request_body", "max_size": BODY_BYTES}, to_superlink],
+
+    def passed(paths: Sequence[str], most: int) -> dict[str, Any]:
+        return {
+            "match": [{"path": list(paths), "method": ["POST"]}],
+            # The SuperLink sees no request before it is there whole: until then the proxy has it in memory.
+            "handle": [{"handler": "request_body", "max_size": most}, {**to_superlink, "request_buffers": most}],
             "terminal": True,
-        },
+        }
+
+    routes = [
+        passed([OBJECT_PATH], OBJECT_BYTES),
+        passed([path for path in SITES_PATHS if path != OBJECT_PATH], BODY_BYTES),
         {
             "match": [{"path": [HEALTH], "method": ["GET"]}],
-            "handle": [to_superlink],  # it answers a path of the same name: down is not well
+            # It answers a path of the same name: down is not well. Nobody asks it with a body.
+            "handle": [{"handler": "request_body", "max_size": 1}, to_superlink],
             "terminal": True,
         },
         {"handle": [{"handler": "static_response", "status_code": 403, "close": True}]},

@@ -60,6 +60,13 @@ def make_folder(path: Path, *, durable: bool, mode: int = 0o777) -> None:
         fsync_folder(path.parent)
 
 
+def make_private(folder: Path, *names: str) -> None:
+    """Folders in `folder` that nobody else can enter, in this order; one that is there is closed to others."""
+    for name in names:
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+        (folder / name).chmod(0o700)  # a release before left it open
+
+
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> Path:
     """`path` with `content`, or as it was before: temporary file, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f"{path.name}.tmp")

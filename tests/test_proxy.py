@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import ssl
+import stat
 import subprocess
 import threading
 import time
@@ -14,15 +15,24 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flower_processes import eventually, listens
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app.message import array
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
 
 import server.deployment
 from server.deployment import PROXY, SITES_PATHS, programs
 from server.federation import FederationFolder
+from shared.errors import UsageError
 from shared.flower_runtime import CERTIFICATE, CERTIFICATE_KEY, Runtime, free_port
+from shared.records import MAX_PARAMETERS
 
-BODY_BYTES = 2**20
+MIB = 2**20
 
 
 class Behind(BaseHTTPRequestHandler):
@@ -56,7 +66,6 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.deployment, "HEAD_SECONDS", 2)
         patch.setattr(server.deployment, "STALL_SECONDS", 3)
-        patch.setattr(server.deployment, "BODY_BYTES", BODY_BYTES)
         patch.setattr(server.deployment, "FILES", 200)
         program = next(program for program in programs(folder) if program.name == "proxy")
     runtime = Runtime.read(folder)
@@ -136,11 +145,58 @@ def test_whether_it_is_well_the_superlink_says(proxy: tuple[Path, int, list[str]
     assert proxy[2][-1] == "/health"
 
 
-def test_a_body_that_is_too_long_is_not_passed_on(proxy: tuple[Path, int, list[str]]) -> None:
-    assert asked(proxy, SITES_PATHS[0], body=b"x" * BODY_BYTES) == 200
+@pytest.mark.parametrize("path", SITES_PATHS)
+def test_a_body_that_is_too_long_is_not_passed_on(path: str, proxy: tuple[Path, int, list[str]]) -> None:
+    most = 8 * MIB if path.endswith("/push-object") else MIB
+    assert asked(proxy, path, body=b"x" * most) == 200
     before = len(proxy[2])
-    assert asked(proxy, SITES_PATHS[0], body=b"x" * (BODY_BYTES + 1)) == 413
+    assert asked(proxy, path, body=b"x" * (most + 1)) == 413
     assert len(proxy[2]) == before
+
+
+def test_a_look_at_its_health_has_no_body(proxy: tuple[Path, int, list[str]]) -> None:
+    assert asked(proxy, "/health", method="GET", body=b"x" * 1000) in (400, 413, 502)
+
+
+def test_what_flower_sends_of_the_longest_answer_is_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = ArrayChunk(memoryview(bytes(FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE)))
+    pushed = PushObjectRequest(object_id=chunk.object_id, object_content=chunk.deflate())
+    assert 5 * MIB < pushed.ByteSize() < 6 * MIB
+    # The message names each chunk: as many as the longest answer has, here of 1 kB each.
+    monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1024)
+    chunks = 8 * MAX_PARAMETERS // FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + 1
+    content = np.random.default_rng(0).bytes(1024 * chunks)
+    reply = RecordDict(
+        {"envelope": ArrayRecord({"payload": Array(dtype="|u1", shape=(len(content),), stype="raw", data=content)})}
+    )
+    tree = get_object_tree(reply)
+    assert 64 * chunks < tree.ByteSize() < MIB / 20
+
+
+def test_the_folder_of_what_runs_is_closed_to_others_also_where_it_stood_open(tmp_path: Path) -> None:
+    folder = tmp_path / "fed"
+    FederationFolder.create(folder, name="retina", address="localhost:9443")
+    (folder / "run").mkdir(mode=0o755)
+    (folder / "run").chmod(0o755)
+    programs(folder)
+    for name in ("run", "run/flower", "run/caddy"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o700
+    for path in (folder / "run").iterdir():
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o022
+
+
+def test_a_look_at_the_configuration_stays_in_the_folder_and_does_not_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, caddy = tmp_path / "fed", tmp_path / "caddy"
+    FederationFolder.create(folder, name="retina", address="localhost:9443")
+    caddy.write_text(f'#!/bin/sh\necho "$XDG_DATA_HOME $XDG_CONFIG_HOME" > {tmp_path}/homes\nexec sleep 60\n')
+    caddy.chmod(0o755)
+    monkeypatch.setattr(server.deployment, "find_proxy", lambda: str(caddy))
+    monkeypatch.setattr(server.deployment, "CHECK_SECONDS", 1.0)
+    with pytest.raises(UsageError, match="did not look at its configuration within 1 s"):
+        programs(folder)
+    assert (tmp_path / "homes").read_text().split() == [str(folder.resolve() / "run/caddy")] * 2
 
 
 def test_a_head_that_is_too_long_is_refused(proxy: tuple[Path, int, list[str]]) -> None:

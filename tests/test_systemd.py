@@ -60,6 +60,11 @@ def test_a_unit_forbids_what_is_not_needed(name: str) -> None:
     assert service["User"] == service["Group"] == "fedcanvas"
 
 
+def test_what_a_server_takes_of_the_memory_is_bounded_and_one_process_that_takes_it_ends_alone() -> None:
+    service = unit("server")["Service"]
+    assert (service["MemoryMax"], service["OOMPolicy"]) == ("80%", "continue")
+
+
 @pytest.mark.parametrize(("name", "command"), UNITS.items())
 def test_a_unit_starts_again_for_ever_and_gives_time_to_end(name: str, command: str) -> None:
     service = unit(name)["Service"]
