@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.cli import group_command, new_group, printable, say
-from shared.errors import UsageError
+from shared.errors import FederationError, UsageError
 
 if TYPE_CHECKING:
     from server.federation import FederationFolder
@@ -140,12 +140,15 @@ def rotate(folder: Folder, passphrase_file: PassphraseFile = None, as_json: AsJs
     from shared.supervisor import restart
 
     keys = _open(folder).rotate(passphrase=_passphrase(passphrase_file))
-    restart(folder, USES_KEYS)
     until = keys.not_after.isoformat()
     typer.echo(
         json.dumps({"serial": keys.serial, "not_after": until}) if as_json
         else f"the aggregator's keys {keys.serial} are in force until {keys.not_after:%Y-%m-%d}"
     )  # fmt: skip
+    try:
+        restart(folder, USES_KEYS)
+    except FederationError as error:  # the keys are made, and a person must know who does not know them
+        raise FederationError(f"the server still uses the keys before: {error.message}", hint=error.hint) from None
 
 
 def _open(folder: Path) -> FederationFolder:

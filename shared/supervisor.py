@@ -1,7 +1,8 @@
 """Programs that must stay up on this machine: started together, started again when they end, stopped together.
 
     FOLDER/run/lock             held while the supervisor lives; the kernel frees it however that ends
-    FOLDER/run/status.json      its process, and for each program process, starts, since when, how it ended last
+    FOLDER/run/status.json      its process, and for each program process, starts, since when, how it ended last;
+                                beside a process's number what tells whether it still means that process, and here
     FOLDER/logs/NAME.log        what a program says, a line with its time, as text or JSON; turned over at 10 MB
     FOLDER/logs/supervisor.log  what a supervisor that was detached says itself; .1 is that of the start before
 
@@ -48,11 +49,13 @@ END_SECONDS = 20.0  # before a program is killed
 STOP_SECONDS = 180.0
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 1.0  # of trying: whoever looks whether the lock is held holds it for a moment
+SETTLE_SECONDS = 2.0  # that a status may be one of before: its supervisor writes another once it has the lock
 STARTED, STARTED_AGAIN, NOTE = "--- started", "--- started again", "--- "  # lines of our own in a program's log
 LogFormat = Literal["text", "json"]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
+_ELSEWHERE = "it runs in another container or under another kernel's numbering: stop it where it runs"
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class _Running:
         self.program, self.starts, self.ended = program, 0, ""
         self.process: subprocess.Popen[bytes] | None = None
         self.began, self.since, self.due = "", 0.0, 0.0
+        self.start_ticks: int | None = None
         self._wait = program.restart_seconds
         self.log = logging.getLogger(f"fedcanvas.{logs}.{program.name}")
         self.log.propagate = False
@@ -149,6 +153,7 @@ class _Running:
         except OSError as error:
             self._note_end(f"cannot be started: {error.strerror or error}")
             return
+        self.start_ticks = _start_ticks(self.process.pid)
         assert self.process.stdout is not None
         threading.Thread(target=self._copy, args=(self.process.stdout,), daemon=True).start()
 
@@ -198,7 +203,8 @@ class _Running:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "pid": self.process.pid if self.process else None, "starts": self.starts,
+            "pid": self.process.pid if self.process else None,
+            "start_ticks": self.start_ticks if self.process else None, "starts": self.starts,
             "since": self.began if self.process else "", "ended": self.ended,
         }  # fmt: skip
 
@@ -249,14 +255,15 @@ def stop(folder: Path, *, seconds: float = STOP_SECONDS) -> bool:
     """Ends the supervisor of `folder` and its programs; false when none lived.
 
     Raises:
-        FederationError: it does not end.
+        FederationError: it does not end, is another user's, or runs where its number means nothing here.
     """
-    until, told = time.monotonic() + seconds, False
+    began, told, lock = time.monotonic(), False, folder / RUN / LOCK
     while is_held(folder):
-        pid = (status(folder) or {}).get("pid")
-        if pid is not None and not told:
+        about = status(folder) or {}
+        meant, pid = _is_meant(about, about), about.get("pid")
+        if meant and not told:
             try:
-                os.kill(pid, signal.SIGTERM)
+                os.kill(about["pid"], signal.SIGTERM)
                 told = True
             except ProcessLookupError:
                 pass  # it ended in between
@@ -264,25 +271,55 @@ def stop(folder: Path, *, seconds: float = STOP_SECONDS) -> bool:
                 raise FederationError(
                     f"the supervisor of {folder} is process {pid} of another user", hint="stop it as that user"
                 ) from None
-        if time.monotonic() > until:
-            raise FederationError(f"the supervisor of {folder} does not end", hint=f"kill -9 {pid}")
+        waited = time.monotonic() - began
+        if pid is not None and not meant and not told and waited > SETTLE_SECONDS:
+            raise FederationError(f"the supervisor of {folder} cannot be told to end from here", hint=_ELSEWHERE)
+        if waited > seconds:
+            hint = f"kill -9 {pid}" if meant else f"`fuser {lock}` names the process that holds it"
+            raise FederationError(f"the supervisor of {folder} does not end", hint=hint)
         time.sleep(POLL_SECONDS)
     return told
 
 
 def restart(folder: Path, programs: Collection[str]) -> None:
-    """Ends these programs of `folder`, which its supervisor starts again; nothing where none lives."""
-    for name, about in (status(folder) or {}).get("programs", {}).items():
-        if name in programs and about["pid"]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(about["pid"], signal.SIGTERM)
+    """Ends these programs of `folder`, which its supervisor starts again; nothing where none lives.
+
+    Raises:
+        FederationError: they go on as they were: another user's, or where their numbers mean nothing here.
+    """
+    about = status(folder)
+    if about is None:
+        return
+    if about.get("pid") is not None and not _is_meant(about, about) and is_held(folder):
+        raise FederationError(
+            f"{', '.join(sorted(programs))} of {folder} were not started again: they go on as they were",
+            hint=_ELSEWHERE,
+        )
+    for name, one in about.get("programs", {}).items():
+        if name in programs and _is_meant(about, one):  # or it ended since, and is started again anyway
+            try:
+                os.kill(one["pid"], signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+            except PermissionError:
+                raise FederationError(
+                    f"{name} of {folder} was not started again: process {one['pid']} is another user's, and goes on as"
+                    " it was",
+                    hint="stop and start it as that user",
+                ) from None
 
 
 def is_held(folder: Path) -> bool:
+    """Whether a supervisor lives; `FederationError` where another user's lock cannot be read."""
     path = folder / RUN / LOCK
-    if not path.exists():
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        raise FederationError(
+            f"{path} is another user's: whether it is started cannot be seen", hint="ask as that user"
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two that look see nothing of each other
     except BlockingIOError:
@@ -340,7 +377,7 @@ class Detached:
     def end(self) -> None:
         """Tells it to end, and waits; another supervisor of its folder is left alone."""
         until = time.monotonic() + STOP_SECONDS
-        if self._look() is None:
+        if self._look() is None:  # a child that was not waited for keeps its number: nobody else has it
             os.kill(self.pid, signal.SIGTERM)
         while self._look() is None and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
@@ -404,9 +441,37 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _write_status(folder: Path, running: Sequence[_Running], began: str) -> None:
-    about = {"pid": os.getpid(), "since": began, "programs": {one.program.name: one.to_dict() for one in running}}
+    about = {
+        "pid": os.getpid(), "start_ticks": _start_ticks(os.getpid()), "pid_namespace": _pid_namespace(), "since": began,
+        "programs": {one.program.name: one.to_dict() for one in running},
+    }  # fmt: skip
     with contextlib.suppress(RunDirectoryError):  # a full disk ends no program
         write_whole(folder / RUN / STATUS, json.dumps(about, indent=2).encode() + b"\n", durable=False)
+
+
+def _is_meant(about: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
+    """Whether the number that a status gives for `one` is that process here and now: nobody else may get its signals.
+
+    Who holds a lock may be in a container, whose processes are counted anew, or on another machine; and a number is
+    given away again once its process is gone.
+    """
+    pid, ticks = one.get("pid"), one.get("start_ticks")
+    if type(pid) is not int or pid <= 0 or ticks is None:
+        return False
+    return about.get("pid_namespace") == _pid_namespace() and ticks == _start_ticks(pid)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When it was started, in ticks since the machine was: field 22 of proc_pid_stat(5). `None`: there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])  # after its name, which may hold anything, comes field 3
+
+
+def _pid_namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
 
 
 def _parsed(line: str) -> LogLine | None:

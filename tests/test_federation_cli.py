@@ -10,6 +10,7 @@ import pytest
 from toy_federation import make_sites
 
 from shared.cli import run
+from shared.errors import FederationError
 
 
 @pytest.fixture
@@ -58,6 +59,22 @@ def test_from_init_to_a_roster_with_one_site(here: Path, capsys: pytest.CaptureF
     policy = (here / "site/policy.toml").read_text()
     assert 'federations = ["retina-2026"]' in policy
     assert "approve-each-run = true" in policy
+
+
+def test_after_a_rotation_that_the_server_did_not_hear_of_a_person_knows(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed(capsys, *INIT)
+
+    def deny(*_: object) -> None:
+        raise FederationError("process 7 is another user's", hint="stop and start it as that user")
+
+    monkeypatch.setattr("shared.supervisor.restart", deny)
+    assert run(["server", "rotate", "fed", "--json"]) == 7
+    out, err = capsys.readouterr()
+    assert json.loads(out)["serial"] == 2  # they are made all the same
+    assert "the server still uses the keys before: process 7 is another user's" in err
+    assert "stop and start it as that user" in err
 
 
 def test_a_person_is_asked_and_a_no_changes_nothing(

@@ -19,7 +19,7 @@ import pytest
 
 from shared import supervisor
 from shared.errors import FederationError
-from shared.supervisor import Program, detach, is_held, log_lines, status, stop, supervise
+from shared.supervisor import Program, detach, is_held, log_lines, restart, status, stop, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 SLEEPER = "import os, sys, time; print('hello', sys.argv[1], os.environ.get('COLOUR'), flush=True); time.sleep(600)"
@@ -308,3 +308,121 @@ def test_a_supervisor_that_is_told_to_end_ends_with_code_0(tmp_path: Path) -> No
         process.send_signal(number)
         assert process.wait(timeout=30) == 0
         assert status(tmp_path) is None
+
+
+HOLDER = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def fields(pid: int) -> int:
+    """Start time by awk, of a process whose name holds no space."""
+    return int(subprocess.run(["awk", "{print $22}", f"/proc/{pid}/stat"], capture_output=True, check=True).stdout)
+
+
+@pytest.fixture
+def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has a number which a status gives, while somebody else holds the lock."""
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run/lock")], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    for one in (process, holder):
+        one.kill()
+        one.wait()
+    holder.stdout.close()
+
+
+def note(folder: Path, pid: int, **changes: Any) -> None:
+    one = {"pid": pid, "start_ticks": fields(pid), **changes}
+    namespace = changes.get("pid_namespace", os.readlink("/proc/self/ns/pid"))
+    about = {**one, "pid_namespace": namespace, "programs": {"a": one}}
+    (folder / "run/status.json").write_text(json.dumps(about))
+
+
+def test_the_status_notes_when_each_process_was_started_and_where_it_is_counted(kept: Kept) -> None:
+    found = status(kept.folder)
+    assert found is not None
+    assert found["start_ticks"] == fields(os.getpid())
+    assert found["pid_namespace"] == os.readlink(f"/proc/{kept.pids['a']}/ns/pid")
+    assert {name: one["start_ticks"] for name, one in kept.about.items()} == {
+        name: fields(pid) for name, pid in kept.pids.items()
+    }
+
+
+@pytest.mark.parametrize("changes", [{"start_ticks": 1}, {"start_ticks": None}, {"pid_namespace": "pid:[1]"}])
+def test_no_process_gets_a_signal_that_was_meant_for_another(
+    changes: dict[str, Any], bystander: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "SETTLE_SECONDS", 0.3)
+    note(tmp_path, bystander.pid, **changes)
+    for tell in (lambda: stop(tmp_path, seconds=5), lambda: restart(tmp_path, ["a"])):
+        with pytest.raises(FederationError) as refused:
+            tell()
+        assert refused.value.hint is not None
+        assert "another container or under another kernel's numbering: stop it where it runs" in refused.value.hint
+    time.sleep(0.3)
+    assert bystander.poll() is None
+    # And the oracle of this test: with what is true of it, it is told.
+    note(tmp_path, bystander.pid)
+    restart(tmp_path, ["a"])
+    assert bystander.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_a_name_with_brackets_and_spaces_hides_no_start_time(tmp_path: Path) -> None:
+    (tmp_path / "a) S 1 (b").symlink_to("/bin/sleep")
+    before = subprocess.Popen(["sleep", "600"])
+    time.sleep(0.05)
+    odd = subprocess.Popen([str(tmp_path / "a) S 1 (b"), "600"])
+    time.sleep(0.05)
+    after = subprocess.Popen(["sleep", "600"])
+    try:
+        eventually(lambda: Path(f"/proc/{odd.pid}/comm").read_text() == "a) S 1 (b\n")
+        ticks = supervisor._start_ticks(odd.pid)
+        assert ticks is not None
+        assert fields(before.pid) < ticks < fields(after.pid)
+    finally:
+        for one in (before, odd, after):
+            one.kill()
+            one.wait()
+    assert supervisor._start_ticks(odd.pid) is None
+
+
+def test_one_that_does_not_end_is_named_only_where_its_number_is_known(
+    bystander: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(FederationError) as refused:
+        stop(tmp_path, seconds=0.3)  # no status was written yet
+    assert refused.value.hint == f"`fuser {tmp_path / 'run/lock'}` names the process that holds it"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(9)"
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        note(tmp_path, process.pid)
+        with pytest.raises(FederationError) as refused:
+            stop(tmp_path, seconds=0.3)
+        process.kill()
+    assert refused.value.hint == f"kill -9 {process.pid}"
+
+
+def test_what_another_user_started_is_said_to_go_on_as_it_was(
+    bystander: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    note(tmp_path, bystander.pid)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", kill)
+        with pytest.raises(FederationError, match=r"a of .* was not started again: .* is another user's"):
+            restart(tmp_path, ["a"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", kill)
+        with pytest.raises(FederationError, match="whether it is started cannot be seen"):
+            restart(tmp_path, ["a"])
