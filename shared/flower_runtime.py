@@ -4,7 +4,7 @@ Flower gives a run or a message to whatever process asks for it with the shared 
 SuperExec then unpacks the bundle that the coordinator shipped and imports the app from it. Ours take the work here
 (`client.worker` at a site, `server.worker` beside the SuperLink) and run what is installed.
 
-    FOLDER/run/runtime-address        host and port, on loopback
+    FOLDER/run/runtime-address        host and port, on loopback; another port where somebody else took it meanwhile
     FOLDER/keys/runtime-*.crt, .key   its own certificate, and the authority that signed it and nothing else
     FOLDER/keys/runtime-secret        whoever knows it may take work
 
@@ -34,6 +34,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from shared.disk import write_whole
 from shared.protection.certificates import issue_server_certificate, make_authority
 from shared.protection.keys import read_private, write_private
+from shared.supervisor import is_held
 
 ADDRESS, SECRET = "run/runtime-address", "keys/runtime-secret"
 AUTHORITY, AUTHORITY_KEY = "keys/runtime-authority.crt", "keys/runtime-authority.key"
@@ -64,7 +65,7 @@ class Runtime:
 
     @classmethod
     def prepare(cls, folder: Path) -> Self:
-        """What both ends in `folder` need; each is made once."""
+        """What both ends in `folder` need, before they are started; each is made once, but for a port that is taken."""
         if not (folder / CERTIFICATE).exists():
             for name in (AUTHORITY_KEY, CERTIFICATE_KEY):
                 (folder / name).unlink(missing_ok=True)  # of an attempt that was cut off
@@ -76,7 +77,8 @@ class Runtime:
             (folder / AUTHORITY_KEY).unlink()  # it signs nothing more
         if not (folder / SECRET).exists():
             write_private(folder / SECRET, secrets.token_hex(32).encode())
-        if not (folder / ADDRESS).exists():
+        # The kernel gives such ports to any connection. While the folder is started it is its own that listens.
+        if not (folder / ADDRESS).exists() or not (is_held(folder) or is_free(cls.read(folder).port)):
             write_whole(folder / ADDRESS, f"127.0.0.1:{free_port()}\n".encode())
         return cls.read(folder)
 
@@ -140,6 +142,18 @@ class WorkSource:
     def _take(self) -> str | None:
         found: AcquireTaskResponse = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._kind]))
         return found.token if found.HasField("task") and found.token else None
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this port of loopback now, as Flower does: closed connections do not matter."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("127.0.0.1", port))
+            tried.listen(1)
+        except OSError:
+            return False
+        return True
 
 
 def free_port() -> int:
