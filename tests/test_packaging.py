@@ -204,3 +204,11 @@ def test_the_firewall_limits_the_servers_port_and_opens_nothing() -> None:
     # Replaced as a whole, and never flushed with what other tables hold.
     assert re.search(r"^table inet fedcanvas\ndelete table inet fedcanvas\n", code, flags=re.MULTILINE)
     assert "flush" not in code
+
+
+def test_the_rule_about_local_users_is_whole_once_it_is_activated() -> None:
+    *_, block = re.findall(r"(?:^    # .*\n)+", NFT, flags=re.MULTILINE)
+    code = re.sub(r"^    # ", "    ", block, flags=re.MULTILINE)
+    assert code.count("{") == code.count("}")
+    assert "type filter hook output" in code  # where the kernel still knows whose packet it is: nft(8), meta skuid
+    assert re.search(r'oifname "lo" tcp dport \d+ meta skuid != \{ root, fedcanvas \} .*reject', code)
