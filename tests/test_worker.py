@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,21 +10,27 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from deployed_site import OPEN, round_of
 from flower_processes import Flower, eventually, flower
+from flwr.app import Context, Message, RecordDict
+from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.task_identity import TaskIdentity
 from joined_sites import Operator, signed
 from toy_federation import make_sites, toy_policy
 
+import client.worker
 from client.worker import _Watched
 from server.cohort import opened
+from shared import __version__
 from shared.app_bundle import bundle_digest, bundle_files, digest_of_bundle
 from shared.errors import ProtocolError
 from shared.flower_runtime import ADDRESS, AUTHORITY, SECRET
@@ -141,6 +148,47 @@ def test_a_hostile_bundle_of_the_same_name_and_version_never_runs_at_a_site(tmp_
         assert isinstance(answer, SiteReply), (site / "site.log").read_text()
         assert kinds(site) == ["opened", "run", "charge", "commit"]
         assert not evil.exists()
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of Flower's builder
+@pytest.mark.parametrize("other", ["0.0.9", "0.1.1", "1.0.0"])
+def test_a_message_of_another_version_s_bundle_is_refused_as_of_another_release(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site,) = make_sites(tmp_path / "sites", sizes=(40,), seed=None, policy=toy_policy(**OPEN))
+    operator, asked = Operator(), round_of()
+    operator.admit([site])
+    project = bundle_files()["pyproject.toml"].decode()
+    theirs = {**bundle_files(), "pyproject.toml": project.replace(f'"{__version__}"', f'"{other}"').encode()}
+    assert theirs != bundle_files()
+    content = {name: build_fab_from_files(files)[0] for name, files in (("ours", bundle_files()), ("theirs", theirs))}
+    digest = {name: hashlib.sha256(made).hexdigest() for name, made in content.items()}  # the oracle: Flower's own
+    assert digest["ours"] == bundle_digest()
+    assert digest["theirs"] == digest_of_bundle(theirs) != bundle_digest()
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    pushed: list[Message] = []
+    context = Context(1, 5, {"site-dir": str(site), "partition-id": 0}, RecordDict(), {})
+
+    def answered(bundle: str) -> Refusal | SiteReply:
+        message = Message(signed(operator.channel, asked), 5, "train")
+        given = (message, context, None, SimpleNamespace(content=content[bundle]))
+        monkeypatch.setattr(client.worker, "pull_task_input", lambda _: given)
+        client.worker._answer_task(site, runtime, "token", {bundle_digest()}, SimpleNamespace())  # type: ignore[arg-type]
+        reply = decode_reply(pushed.pop().content)
+        assert isinstance(reply, SiteReply)
+        return opened(reply, operator.channel, asked)
+
+    quiet = SimpleNamespace(start=lambda: None, stop=lambda: None, is_running=False)
+    runtime: Any = SimpleNamespace(client_of_task=lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(client.worker, "HeartbeatSender", lambda _: quiet)
+    monkeypatch.setattr(client.worker, "push_message", lambda _, reply, __: pushed.append(reply))
+    monkeypatch.setattr(client.worker, "push_task_output", lambda *_, **__: None)
+    assert answered("theirs") == Refusal("site-0", RefusalCode.RELEASE)
+    assert f"the bundle {digest['theirs']}, which the site's policy does not allow" in (site / "site.log").read_text()
+    assert kinds(site) == ["opened"]  # nothing was decoded, nothing charged
+    assert isinstance(answered("ours"), SiteReply)
+    assert kinds(site) == ["opened", "run", "charge", "commit"]
 
 
 def test_a_message_whose_content_never_comes_is_left_for_the_next_one() -> None:
