@@ -1,4 +1,4 @@
-"""Flower's ClientApp: decode, `Site.answer`, encode. No learning here, and no exception leaves.
+"""Flower's ClientApp: decode, `Site.answer` or `receive`, encode. No learning here, and no exception leaves.
 
 A handler that returned `None` would hang its node for ever, and Flower sends exception text in clear; so
 every path ends in a reply, and one that went wrong in a refusal code. Loads nothing of `server`.
@@ -15,29 +15,35 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.gate import SealedRefusal, Slot, build
-from client.membership import open_channel, question_of, question_unread
+from client.delivery import receive
+from client.gate import SealedCode, Slot, build
+from client.membership import open_channel, question_of, question_of_offer, question_unread
 from client.settings import (
     RELEASE_CODE,
     SETTINGS,
     SLOT_SECONDS,
     SiteConfig,
+    SiteRefusal,
     log,
     log_exception,
-    note_refusal,
+    note_code,
 )
-from client.site import Site, SiteRefusal, open_site
+from client.site import Site, open_site
 from shared.errors import ConfigError, FederationError, ProtocolError, TrustError
 from shared.protection.federation import AggregatorKeys
 from shared.protection.sealed import UNKNOWN
 from shared.records import (
     MESSAGE_TYPES,
     NOT_TOLD,
+    OFFER_TYPE,
+    Confirmation,
+    ModelOffer,
     Refusal,
     RefusalCode,
     RoundInstruction,
     SiteReply,
     decode_instruction,
+    decode_offer,
     detach_signature,
     encode_reply,
     records_digest,
@@ -63,12 +69,12 @@ def make_app(site_dirs: Sequence[Path] | None = None) -> ClientApp:
     app.train()(handle)
     app.train("moments")(handle)
     app.evaluate()(handle)  # refused as out of place; unregistered, it would answer with exception text
-    app.query()(handle)
+    app.query()(handle)  # an offered model
     return app
 
 
 def answer(message: Message, context: Context, *, site_dirs: tuple[str, ...] | None, release: str) -> Message:
-    """Always a reply: the site's, or its refusal."""
+    """Always a reply: the site's, its refusal, or that it received a model."""
     asked = _Asked()
     return _leaving(_answer(message, context, asked, site_dirs=site_dirs, release=release), asked, message)
 
@@ -81,12 +87,13 @@ class _Asked:
     deployed: bool = False
     site: Site | None = None
     instruction: RoundInstruction | None = None
+    offer: ModelOffer | None = None
     slot: Slot = field(default_factory=Slot)
 
 
 def _answer(
     message: Message, context: Context, asked: _Asked, *, site_dirs: tuple[str, ...] | None, release: str
-) -> SiteReply | Refusal:  # fmt: skip
+) -> SiteReply | Refusal | Confirmation:  # fmt: skip
     try:
         asked.folder, simulated = _find_site(context, site_dirs)
         asked.deployed = not simulated
@@ -94,6 +101,8 @@ def _answer(
             raise FederationError(f"the run was started by other code than {Path(__file__).parents[1]} holds")
         asked.site = open_site(asked.folder, simulated=simulated)
         keys = _check_signature(message.content, asked.site)
+        if message.metadata.message_type == OFFER_TYPE:
+            return _receive(message.content, asked, asked.site, keys)
         asked.instruction = decode_instruction(message.content)
         if MESSAGE_TYPES[asked.instruction.kind] != message.metadata.message_type:
             raise ProtocolError(f"an instruction of kind '{asked.instruction.kind}' came as another message type")
@@ -108,6 +117,21 @@ def _answer(
         return _refuse(RefusalCode.RELEASE, asked, error)
     except Exception as error:
         return _refuse(RefusalCode.SITE, asked, error)
+
+
+def _receive(records: RecordDict, asked: _Asked, site: Site, keys: AggregatorKeys | None) -> Confirmation:
+    """Keeps an offered model, whose signature was checked."""
+    if site.channel is None or keys is None:
+        raise ProtocolError("a model is taken of the federation that a site joined, and this one joined none")
+    asked.offer = decode_offer(records)
+    receive(
+        asked.offer, folder=site.folder, account=site.account, federation=site.channel.federation.name,
+        signed_with=keys.fingerprint,
+    )  # fmt: skip
+    site.log(f"the model of run {asked.offer.run_id} is kept")
+    with contextlib.suppress(Exception):
+        note_code(site.folder, Confirmation.RECEIVED, asked.offer.run_id, 0)
+    return Confirmation.RECEIVED
 
 
 def _check_signature(records: RecordDict, site: Site) -> AggregatorKeys | None:
@@ -126,38 +150,45 @@ def refuse_bundle(message: Message, folder: Path, digest: str) -> Message:
     return _leaving(_refuse(RefusalCode.RELEASE, asked, error), asked, message)
 
 
-def _leaving(reply: SiteReply | Refusal, asked: _Asked, message: Message) -> Message:
+def _leaving(reply: SiteReply | Refusal | Confirmation, asked: _Asked, message: Message) -> Message:
     """Sealed where a federation was joined, and at a deployed site at the end of a public slot, whatever is broken."""
     seconds = 0.0
     if asked.folder is not None and asked.deployed:
         config = asked.site.config if asked.site is not None else _read_settings(asked.folder)
         seconds = SLOT_SECONDS if config is None else config.slot_seconds
-        if isinstance(reply, Refusal):  # a reply is sealed before the ledger notes that it leaves
+        if not isinstance(reply, SiteReply):  # a reply is sealed before the ledger notes that it leaves
             site_id = None if config is None else config.site_id
             reply = _sealed(reply, asked, message, folder=asked.folder, site_id=site_id)
+    assert not isinstance(reply, Confirmation), "only a deployed site takes models"
     if (used := asked.slot.wait(seconds)) > 1 and asked.folder is not None:
         log(asked.folder, f"incident: the answer missed {used - 1} slot(s) of {seconds:g} s")
     return Message(encode_reply(reply), reply_to=message)
 
 
 def _sealed(
-    refusal: Refusal, asked: _Asked, message: Message, *, folder: Path, site_id: str | None
+    reply: Refusal | Confirmation, asked: _Asked, message: Message, *, folder: Path, site_id: str | None
 ) -> SiteReply | Refusal:  # fmt: skip
-    """As a reply is; with what it takes gone or damaged, the code alone, which does not say whose it is."""
+    """As a reply is; with what it takes gone or damaged, a refusal's code alone, which does not say whose it is."""
+    code = reply.code if isinstance(reply, Refusal) else reply
     try:
         channel = asked.site.channel if asked.site is not None else open_channel(folder, site_id)
         if channel is None:
-            return refusal
-        known = asked.instruction
-        question = question_unread(channel, _digest_of(message)) if known is None else question_of(channel, known)
-        content = channel.seal("refusal", refusal.code.encode(), context=question)
-        run_id, server_round = (NOT_TOLD, 0) if known is None else (known.run_id, known.server_round)
-        return build(SealedRefusal(run_id, server_round, content), site_id=channel.site)
+            assert isinstance(reply, Refusal)
+            return reply
+        if asked.instruction is not None:
+            question = question_of(channel, asked.instruction)
+        elif asked.offer is not None:
+            question = question_of_offer(channel, asked.offer.run_id, _digest_of(message))
+        else:
+            question = question_unread(channel, _digest_of(message))
+        content = channel.seal("code", code.encode(), context=question)
+        return build(SealedCode(question.run or NOT_TOLD, question.server_round, content), site_id=channel.site)
     except Exception as error:
+        code = code if isinstance(code, RefusalCode) else RefusalCode.SITE
         with contextlib.suppress(Exception):
-            log(folder, f"incident: the refusal '{refusal.code}' leaves in clear, since it cannot be sealed")
+            log(folder, f"incident: the refusal '{code}' leaves in clear, since it cannot be sealed")
             log_exception(folder, error)
-        return build(refusal.code, site_id="")
+        return build(code, site_id="")
 
 
 def _digest_of(message: Message) -> str:
@@ -176,11 +207,12 @@ def _read_settings(folder: Path) -> SiteConfig | None:
 
 def _refuse(code: RefusalCode, asked: _Asked, error: Exception | None = None) -> Refusal:
     if asked.folder is not None:
-        known = asked.instruction
+        known, offer = asked.instruction, asked.offer
+        run, server_round = (known.run_id, known.server_round) if known else (offer.run_id, 0) if offer else ("", -1)
         with contextlib.suppress(Exception):  # what is noted must not decide whether a site answers
             if error is not None:
                 log_exception(asked.folder, error)
-            note_refusal(asked.folder, code, known.run_id if known else "", known.server_round if known else -1)
+            note_code(asked.folder, code, run, server_round)
     refusal = build(code, site_id=asked.site.site_id if asked.site else "")
     assert isinstance(refusal, Refusal)
     return refusal

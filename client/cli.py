@@ -3,7 +3,7 @@
     init, join, check-data      a site and its lineage of records, begun; its keys for a federation
     policy, runs, approve, deny what may happen here, and what a person decides
     ledger, receipts            what was spent, and what left
-    start, stop, status         a site at work; with trust, doctor, leave in `client.deployment_cli`
+    start, stop, status         a site at work; with models, trust, doctor, leave in `client.deployment_cli`
 
 Results go to standard output and are for the person at the site: counts of records among them never leave otherwise.
 No command here opens a connection. Not here: the figures themselves (`client.spending`, `client.data_check`), the page
@@ -620,7 +620,8 @@ def receipts(
         _print_json({
             "site": str(site_dir), "lineage": config.lineage, "unit": account.ledger.lineage.unit,
             "receipts": [receipt.to_dict() for receipt in found], "refusals": refused.entries,
-            "refused": refused.by_code, "totals": _totals_dict(counted), **({"html": str(html)} if html else {}),
+            "refused": refused.by_code, "received": refused.received, "totals": _totals_dict(counted),
+            **({"html": str(html)} if html else {}),
         })  # fmt: skip
         return
     table = [["charged (UTC)", "federation", "run", "round", "release", "bytes", "sha256", "charge", "epsilon of run"]]
@@ -638,6 +639,9 @@ def receipts(
     lines += _totals_lines(counted)
     codes = ", ".join(f"{count:,} x {code}" for code, count in refused.by_code.items()) or "none"
     lines.append(f"refusals   {codes}; a refusal is a code and nothing else")
+    if refused.received:
+        names = ", ".join(dict.fromkeys(str(entry["run"]) for entry in refused.received))
+        lines.append(f"models     {len(refused.received):,} x received, a code and nothing else; of {names}")
     if refused.incidents:
         lines.append(f"incidents  {refused.incidents:,} in {site_dir / 'site.log'}")
     _print(lines)

@@ -1,7 +1,7 @@
-"""`fedcanvas client start`, `stop`, `status`, `trust`, `doctor`, `leave`: a site at work in a federation.
+"""`fedcanvas client start`, `stop`, `status`, `models`, `trust`, `doctor`, `leave`: a site at work in a federation.
 
 The commands stand in the group of `client.cli`. Not here: what they do (`client.deployment`, `client.status`,
-`client.network`, `client.doctor`, `client.leaving`).
+`client.delivery`, `client.network`, `client.doctor`, `client.leaving`).
 """
 
 from __future__ import annotations
@@ -84,6 +84,46 @@ def status(site_dir: Site, as_json: AsJson = False) -> None:
         _print_json(about)
     else:
         _print(_status_lines(site_dir, about))
+
+
+@group_command(commands, "models", "trained models that came back from runs, and how to draw with them")
+def models(site_dir: Site, as_json: AsJson = False) -> None:
+    """List the trained models that SITE_DIR received: run, time, what each says it cost, where it lies.
+
+    The SHA-256 is that of the operator's own model.json, and of every other site's, where all have the same model. Of a
+    model whose folder was removed the operator has the confirmation already: it does not come again by itself.
+    """
+    from client.delivery import received_models
+    from client.settings import SiteConfig
+
+    SiteConfig.read(site_dir)
+    found = received_models(site_dir)
+    commands_of = [f"fedcanvas generate {shlex.quote('A PROMPT')} --model {shlex.quote(str(one.folder))}"
+                   for one in found]  # fmt: skip
+    if as_json:
+        _print_json({
+            "site": str(site_dir),
+            "models": [
+                {**vars(one), "folder": str(one.folder), "command": command}
+                for one, command in zip(found, commands_of, strict=True)
+            ],
+        })  # fmt: skip
+        return
+    lines = [] if found else [f"no model has come to {site_dir} yet: one comes when a run that it took part in is over"]
+    for one, command in zip(found, commands_of, strict=True):
+        when = f"received {_time(one.received)}" if one.received else "received at a time that is not noted"
+        lines.append(f"run {one.run} of {one.federation or 'an unknown federation'}, {when}")
+        if not one.whole:
+            lines.append(f"  damaged     {one.folder}: its files are not those that its model.json names")
+            continue
+        lines += [
+            f"  cost        epsilon {one.epsilon:.4g} at delta {one.delta:.0e} for one {one.unit} at a site, at most:"
+            " it says so itself",
+            f"  sha256      {one.sha256}, of model.json",
+            f"  files       {one.folder}",
+            f"  pictures    {command}",
+        ]
+    _print(lines)
 
 
 @group_command(commands, "trust", "an institution's own authority, where it opens TLS at its border")

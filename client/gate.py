@@ -2,7 +2,8 @@
 
 The list has five entries: a vector of lattice integers whose length is fixed by public settings alone, with the
 run's head in the site's ledger behind it; the two lattice integers that answer a charged question, with the same; a
-refusal, a code of a fixed list and never a text; and the first and the last of these sealed, whose length follows.
+refusal, a code of a fixed list and never a text; the first of these sealed, whose length follows; and a code sealed: a
+refusal's, or the one that says that an offered model was received, all of one length.
 `Slot` keeps when it leaves apart from how long the work took. Not here: clipping, noise and the charge; the
 vector that comes in has them behind it.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.errors import ProtocolError
-from shared.protection.channel import REFUSAL_BYTES
+from shared.protection.channel import CODE_BYTES
 from shared.protection.sealed import MAGIC, OVERHEAD
 from shared.records import (
     DIGEST,
@@ -63,11 +64,12 @@ class SealedRelease:
 
 
 @dataclass(frozen=True, eq=False)
-class SealedRefusal:
-    """A refusal's code, sealed; every code makes the same number of bytes.
+class SealedCode:
+    """A code, sealed: a refusal's, or that a model was received; every code makes the same number of bytes.
 
     Attributes:
-        run_id: `NOT_TOLD` where the site could not read which run it was asked about; the round is 0 then.
+        run_id: `NOT_TOLD` where the site could not read which run it was asked about; the round is 0 then, and where
+            a model was offered.
     """
 
     run_id: str
@@ -90,7 +92,7 @@ class QueryRelease:
 
 
 def build(
-    content: Release | QueryRelease | RefusalCode | SealedRelease | SealedRefusal, *, site_id: str
+    content: Release | QueryRelease | RefusalCode | SealedRelease | SealedCode, *, site_id: str
 ) -> SiteReply | Refusal:
     """What leaves the site `site_id`.
 
@@ -101,9 +103,9 @@ def build(
         raise ProtocolError("a site id is not 1 to 64 letters, digits, dots, dashes or underscores")
     if isinstance(content, RefusalCode):
         return Refusal(site_id, content)
-    if type(content) not in (Release, QueryRelease, SealedRelease, SealedRefusal) or not site_id:
+    if type(content) not in (Release, QueryRelease, SealedRelease, SealedCode) or not site_id:
         raise ProtocolError("neither a release nor a refusal code")
-    if isinstance(content, SealedRelease | SealedRefusal):
+    if isinstance(content, SealedRelease | SealedCode):
         return _sealed(content, site_id)
     payload = content.payload
     if isinstance(content, QueryRelease):
@@ -132,9 +134,9 @@ def build(
     )
 
 
-def _sealed(content: SealedRelease | SealedRefusal, site_id: str) -> SiteReply:
-    if isinstance(content, SealedRefusal):
-        run_id, server_round, size = content.run_id, content.server_round, REFUSAL_BYTES
+def _sealed(content: SealedRelease | SealedCode, site_id: str) -> SiteReply:
+    if isinstance(content, SealedCode):
+        run_id, server_round, size = content.run_id, content.server_round, CODE_BYTES
         if not NAME.fullmatch(run_id):
             raise ProtocolError("a run id is not 1 to 64 letters, digits, dots, dashes or underscores")
     else:

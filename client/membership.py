@@ -72,6 +72,11 @@ def question_of(channel: SiteChannel, instruction: RoundInstruction) -> Context:
     )  # fmt: skip
 
 
+def question_of_offer(channel: SiteChannel, run_id: str, digest: str) -> Context:
+    """What the answer to an offered model is bound to: the records that came; an instruction's has a config digest."""
+    return Context(channel.federation.name, run_id, channel.site, 0, instruction_digest=digest)
+
+
 def question_unread(channel: SiteChannel, digest: str) -> Context:
     """What a refusal is bound to where the site could not tell what it was asked: the digest of what came."""
     return Context(channel.federation.name, "", channel.site, 0, instruction_digest=digest)

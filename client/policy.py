@@ -56,6 +56,9 @@ class SitePolicy(Section):
         [], description="SHA-256 of further Flower bundles that messages may come with; none is ever unpacked."
     )
     approve_each_run: bool = Field(True, description="A person here approves every run before it begins.")
+    accept_models: bool = Field(
+        True, description="The trained model of a run that this site took part in is kept in models/ when it comes."
+    )
 
     @classmethod
     def for_simulation(cls, *, max_epsilon: float, delta: float, unit: Unit) -> SitePolicy:
@@ -165,6 +168,11 @@ class SitePolicy(Section):
             )
         else:
             lines.append("Nobody may ask questions about the records, not even noised ones (`max-query-epsilon`).")
+        lines.append(
+            "The trained model of a run that this site took part in is kept in models/ when the federation sends it; it"
+            " is weights and text, and nothing of it is run." if self.accept_models
+            else "Trained models that the federation sends are refused (`accept-models`)."
+        )  # fmt: skip
         if self.code:
             lines.append(f"Code: only releases with digest {', '.join(code[:12] for code in self.code)}.")
         if self.aggregator_keys:

@@ -134,7 +134,7 @@ def receipts_page(folder: Path, config: SiteConfig, ledger: Ledger, ceiling: Lif
         *_what_it_reveals(counted, unit),
         *_how_to_check(folder, config, ledger),
         *_each_message(folder, ledger, messages, runs),
-        *_refusals(folder, ledger, refused),
+        *_single_words(folder, ledger, refused),
         f"<footer>Written by fedcanvas {_text(__version__)}. The last line of the ledger has the hash"
         f" <code>{_text(ledger.head)}</code>. This page loads nothing and runs nothing.</footer>",
     ]
@@ -170,16 +170,16 @@ def _facts(messages: Sequence[Receipt], counted: Totals) -> str:
 def _what_left(messages: Sequence[Receipt], runs: Sequence[RunFigures]) -> list[str]:
     parts = ["<h2>1. What left this site</h2>"]
     if not messages:
-        parts.append("<p>Nothing has left this site yet, except for refusals (section 6).</p>")
+        parts.append("<p>Nothing has left this site yet, except for single words (section 6).</p>")
     else:
         noised = "with random noise added before it leaves"
         if any(math.isinf(run.epsilon_reserved) for run in runs):
             noised = "in runs with privacy, and in no others, with random noise added before it leaves"
         parts.append(
-            f"<p>Nothing but {_count(len(messages), 'message')} of the kinds below, and refusals (section 6). A message"
-            " is one block of whole numbers of a size that was fixed beforehand, and 32 bytes that name its place in"
-            f" the ledger. It is made from many records at once, each limited in its influence, {noised}. With it go"
-            " the names of run, round and site.</p>"
+            f"<p>Nothing but {_count(len(messages), 'message')} of the kinds below, and single words (section 6). A"
+            " message is one block of whole numbers of a size that was fixed beforehand, and 32 bytes that name its"
+            f" place in the ledger. It is made from many records at once, each limited in its influence, {noised}. With"
+            " it go the names of run, round and site.</p>"
         )
         rows = []
         for kind in sorted({message.kind for message in messages}):
@@ -496,8 +496,8 @@ def _each_message(
 # ---- 6
 
 
-def _refusals(folder: Path, ledger: Ledger, refused: Refusals) -> list[str]:
-    parts = ["<h2>6. Refusals and incidents</h2>"]
+def _single_words(folder: Path, ledger: Ledger, refused: Refusals) -> list[str]:
+    parts = ["<h2>6. Refusals, confirmations and incidents</h2>"]
     if refused.by_code:
         rows = [[code, CODES.get(code, "not known to this release"), f"{count:,}"]
                 for code, count in sorted(refused.by_code.items(), key=lambda item: -item[1])]  # fmt: skip
@@ -508,6 +508,14 @@ def _refusals(folder: Path, ledger: Ledger, refused: Refusals) -> list[str]:
         parts.append(_table(["word", "what it means", "times"], rows, text=2))
     else:
         parts.append("<p>No request was refused.</p>")
+    if refused.received:
+        parts.append(
+            f"<p>{_count(len(refused.received), 'delivery', 'deliveries')} of a run's trained model got the word"
+            " “received” and nothing else. It says that the model is on this machine, and nothing of the data: every"
+            " site that took part is sent the same.</p>"
+        )
+        rows = [[str(entry["run"]), str(entry["time"])[:19].replace("T", " ")] for entry in refused.received]
+        parts.append(_table(["run", "received (UTC)"], rows, text=2))
     unsent = charged_and_not_sent(ledger)
     repaired = [entry for entry in ledger.entries if entry["kind"] == "repaired"]
     behind = [entry for entry in ledger.entries if "clock_behind" in entry]
@@ -536,8 +544,8 @@ def _fields(message: Receipt) -> tuple[str, ...]:
     return tuple(f"{name}: {kind} [{', '.join(map(str, shape))}]" for name, kind, shape in message.fields) or ("-",)
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def _count(number: int, word: str, words: str = "") -> str:
+    return f"{number:,} {word if number == 1 else words or f'{word}s'}"
 
 
 def _one(unit: str) -> str:

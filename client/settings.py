@@ -1,4 +1,4 @@
-"""A site's own files but its ledger: its settings, its log, and the refusals that left it.
+"""A site's own files but its ledger: its settings, its log, and the codes that left it.
 
 Nothing here needs torch, so that commands that only read answer at once.
 """
@@ -17,14 +17,22 @@ from pydantic import ConfigDict, Field
 from shared.config import Section, read_section, toml_value
 from shared.errors import ConfigError, FedCanvasError
 from shared.privacy.ledger import write_note
-from shared.records import NAME, RefusalCode
+from shared.records import NAME, Confirmation, RefusalCode
 from shared.tree import code_digest
 
 SETTINGS = "site.toml"
-LOG, REFUSALS = "site.log", "refusals.jsonl"
+LOG, CODES = "site.log", "refusals.jsonl"
 SLOT_SECONDS = 10.0  # also where the site's own settings cannot be read
 OVERFLOW_SHARE = 1e-3  # of a run's delta, for draws that are larger than the padded work
 RELEASE_CODE = code_digest(Path(__file__).resolve().parents[1])
+
+
+class SiteRefusal(Exception):
+    """The site does not answer; `code` leaves it, `reason` goes to its own log."""
+
+    def __init__(self, code: RefusalCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.reason = code, reason
 
 
 class SiteConfig(Section):
@@ -76,11 +84,11 @@ def log(folder: Path, text: str) -> None:
     _append_line(folder / LOG, f"{datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(text.split())}")
 
 
-def note_refusal(folder: Path, code: RefusalCode, run: str, server_round: int) -> None:
-    """A line that a refusal left, for the receipts."""
+def note_code(folder: Path, code: RefusalCode | Confirmation, run: str, server_round: int) -> None:
+    """A line that a code left, for the receipts."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     line = {"time": now, "code": code.value, "run": run, "server_round": server_round}
-    _append_line(folder / REFUSALS, json.dumps(line))
+    _append_line(folder / CODES, json.dumps(line))
 
 
 def _append_line(path: Path, line: str) -> None:

@@ -30,7 +30,7 @@ from client.account import KeptReply, ProposedRun, SiteAccount
 from client.gate import Release, SealedRelease, build
 from client.membership import open_channel, question_of
 from client.policy import SitePolicy
-from client.settings import OVERFLOW_SHARE, RELEASE_CODE, SETTINGS, SiteConfig, log
+from client.settings import OVERFLOW_SHARE, RELEASE_CODE, SETTINGS, SiteConfig, SiteRefusal, log
 from client.training import (
     PrivateRecords,
     StepFigures,
@@ -65,14 +65,6 @@ from shared.records import RefusalCode, RoundInstruction, SiteReply, unpack_enve
 from shared.text import CaptionEncoder, build_encoder
 
 MOST_PENDING = 100  # proposed runs that wait for a person; a server may think of new names for ever
-
-
-class SiteRefusal(Exception):
-    """The site does not answer; `code` leaves it, `reason` goes to its own log."""
-
-    def __init__(self, code: RefusalCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code, self.reason = code, reason
 
 
 @dataclass(frozen=True, eq=False)

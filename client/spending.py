@@ -102,11 +102,18 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Answers that were a code and nothing else, by code; and what the site's own log calls an incident."""
+    """Answers that were a code and nothing else; and what the site's own log calls an incident.
+
+    Attributes:
+        by_code: of refusals, how many.
+        entries: of refusals, in order.
+        received: of models that were offered and taken, in order.
+    """
 
     by_code: dict[str, int]
     incidents: int
     entries: list[dict[str, Any]]
+    received: list[dict[str, Any]]
 
 
 def run_figures(ledger: Ledger) -> list[RunFigures]:
@@ -235,20 +242,23 @@ def spent_over_time(ledger: Ledger) -> list[tuple[str, float, float]]:
 
 def refusals(folder: Path) -> Refusals:
     """From the site's own `refusals.jsonl` and `site.log`; a line that cannot be read is counted as "unreadable"."""
-    from client.settings import LOG, REFUSALS
+    from client.settings import CODES, LOG
+    from shared.records import Confirmation
 
-    entries, unreadable = [], 0
-    for line in _lines(folder / REFUSALS):
+    entries: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
+    unreadable = 0
+    for line in _lines(folder / CODES):
         try:
-            entry = json.loads(line)
-            entries.append({name: entry[name] for name in ("time", "code", "run", "server_round")})
+            entry = {name: json.loads(line)[name] for name in ("time", "code", "run", "server_round")}
+            (received if entry["code"] == Confirmation.RECEIVED else entries).append(entry)
         except (ValueError, KeyError, TypeError):
             unreadable += 1
     by_code = dict(Counter(str(entry["code"]) for entry in entries))
     if unreadable:
         by_code["unreadable"] = unreadable
     incidents = sum(" incident: " in line for line in _lines(folder / LOG))
-    return Refusals(by_code, incidents, entries)
+    return Refusals(by_code, incidents, entries, received)
 
 
 def best_guess(epsilon: float, delta: float) -> float:

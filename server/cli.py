@@ -26,7 +26,8 @@ SLUG_CHARACTERS = 60
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", hidden=True)] = None,
     model: Annotated[
-        Path, typer.Option(help="A finished run directory, or its folder `model`.", show_default=False)
+        Path,
+        typer.Option(help="A finished run, its folder `model`, or a model that a site received.", show_default=False),
     ] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Folder for the pictures; made when it is not there.")] = Path("pictures"),
     prompts_file: Annotated[

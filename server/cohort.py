@@ -472,7 +472,7 @@ def opened(
             instruction.config_digest, instruction.digest,
         )  # fmt: skip
     found = channel.open(reply.envelope, context=context)
-    if found.kind == "refusal":
+    if found.kind == "code":
         code = found.content.decode("ascii", "replace")
         if code not in set(RefusalCode):
             raise ProtocolError("the refusal has an unknown code")

@@ -300,6 +300,11 @@ def _run_line(run: dict[str, Any]) -> str:
         words += f" and {_size(run['bytes_up_a_round'])} up"
     if run["state"] == "finished":
         words += f"; model in {run['folder']}/model"
+        if run["delivered"]:
+            words += f", received by {', '.join(run['delivered'])}"
+        if run["undelivered"]:
+            named = (f"{site} (refused: {code})" if code else site for site, code in run["undelivered"].items())
+            words += f", not yet by {', '.join(named)}"
     return f"{words}; {printable(run['reason'])}" if run["reason"] else words
 
 

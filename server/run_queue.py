@@ -142,6 +142,9 @@ class RunQueue:
 
     # ---- for the worker
 
+    def finished(self) -> list[QueuedRun]:
+        return [run for run in self.all() if run.state == "finished"]
+
     def next(self) -> QueuedRun | None:
         """The one to be done now."""
         return next(iter(self.turns()), None)

@@ -14,6 +14,7 @@ from server.federation import FederationFolder
 from server.roster import read_seen
 from server.run_queue import QueuedRun, RunQueue
 from shared.errors import FedCanvasError
+from shared.records import Confirmation
 from shared.rundir import RunDirectory
 from shared.supervisor import status as supervisor_status
 from shared.tree import code_digest
@@ -113,19 +114,28 @@ def runs_status(queue: RunQueue) -> list[dict[str, Any]]:
 
 
 def run_status(run: QueuedRun, queue: RunQueue) -> dict[str, Any]:
-    """One of the runs; what is damaged is a state of its own, and no other run's trouble."""
+    """One of the runs; what is damaged is a state of its own, and no other run's trouble.
+
+    Of a finished run also which sites have its model, and what the others said to it, if they said anything.
+    """
     state, reason, run_id, far = run.state, run.reason, "", RunProgress(0, 0, 0.0, 0, 0)
+    said, took_part = dict[str, str](), set[str]()
     try:
-        run_id, far = RunDirectory.open(run.path).run_id, progress(run)
+        opened, far = RunDirectory.open(run.path), progress(run)
+        run_id, took_part = opened.run_id, set(opened.heads())
+        said = {site: answer["code"] for site, answer in opened.deliveries().items()}
     except FedCanvasError as error:
         state, reason = "unreadable", error.message
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # JSON, and not what is written there
         state, reason = "unreadable", f"the folder {run.path} is damaged: {type(error).__name__}: {error}"
     turns = [due.name for due in queue.turns()] if state == "waiting" else []
     place = turns.index(run.name) if run.name in turns else 0
+    delivered = [site for site, code in sorted(said.items()) if code == Confirmation.RECEIVED]
+    waiting = took_part - set(delivered) if state == "finished" else set()
     return {
         "run": run.name, "run_id": run_id, "folder": str(run.path), "state": state, "reason": reason,
         "since": run.since, "cancelling": run.cancelling, "behind": turns[place - 1] if place else "",
         "rounds_done": far.rounds_done, "rounds": far.rounds, "seconds_a_round": round(far.seconds, 2),
-        "bytes_down_a_round": far.bytes_down, "bytes_up_a_round": far.bytes_up,
+        "bytes_down_a_round": far.bytes_down, "bytes_up_a_round": far.bytes_up, "delivered": delivered,
+        "undelivered": {site: said.get(site, "") for site in sorted(waiting)},
     }  # fmt: skip

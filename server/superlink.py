@@ -106,11 +106,12 @@ class SuperLink:
 
     @contextmanager
     def run(self) -> Iterator[Grid]:
-        """The Grid of a new Flower run, which ends with the block.
+        """The Grid of a new Flower run, which ends with the block; what a killed process left is ended first.
 
         Raises:
             EngineLost: the SuperLink does not hand the run out.
         """
+        self.stop_runs()
         fab = Fab(bundle_digest(), bundle_content(), {})
         with ExitStack() as ending:
             run = self._control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id

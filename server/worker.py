@@ -3,6 +3,7 @@
 It holds the aggregator's keys, so it is the only one that can open what sites send; the SuperLink relays what it cannot
 read. A run is a folder on disk (`server.run_queue`), and a Flower run is only the way to the sites for as long as this
 process lives: when it, or the SuperLink, was killed, the run goes on from its last checkpoint under a new Flower run.
+Between runs the models of finished ones are brought to their sites (`server.delivery`).
 
 Runs nothing of a bundle: the ServerApp is the installed `server.app`.
 Not here: asking the SuperLink (`server.superlink`), and keeping this process up (`shared.supervisor`).
@@ -23,6 +24,7 @@ from flwr.supercore.run import RunNotRunningException
 
 from server.app import serve
 from server.cohort import Cohort, RunStopped
+from server.delivery import Delivery
 from server.federation import FederationFolder
 from server.result import finish
 from server.roster import LiveRoster, RunRoster
@@ -63,14 +65,20 @@ def work(folder: Path, *, ending: threading.Event) -> None:
     """Until `ending` is set; a run that is not over then goes on when this is called again."""
     federation, runtime, queue = FederationFolder.open(folder), Runtime.read(folder), RunQueue(folder)
     with LiveRoster(federation, runtime) as live, SuperLink(runtime) as superlink:
-        failures = 0
+        say = partial(print, flush=True)
+        delivery, failures = Delivery(queue, live, channel=federation.channel, grid=superlink.run, say=say), 0
         while not ending.is_set():
+            try:
+                if not live.trouble and delivery.deliver(stopped=ending.is_set):
+                    continue
+            except (Exception, RunNotRunningException):  # it is offered again, later; the queue goes on
+                traceback.print_exc()
+                ending.wait(ENGINE_SECONDS)
             if live.trouble or (queued := queue.next()) is None:
                 ending.wait(IDLE_SECONDS)
                 continue
             log, asked = _Log(queued.name, 0), _asked(queued)
             try:
-                superlink.stop_runs()  # of a process that was killed
                 _do(queued, log, federation=federation, live=live, superlink=superlink, queue=queue, ending=ending)
                 failures = 0
             except (*UNREACHABLE, EngineLost, RunNotRunningException, RunDirectoryError) as error:

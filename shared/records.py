@@ -1,14 +1,15 @@
-"""The messages of a round and their only codec: down goes an instruction, up comes a reply or a refusal code.
+"""All messages and their only codec: down goes an instruction or a trained model, up comes a reply or a code.
 
     instruction: record "instruction": version, run-id, kind, server-round, attempt, config-json,
                  config-digest, prompts, heads;
                  arrays "weights": values (<f4), and with local steps "fakes": images (|u1), prompt-indices (<i4)
+    offer:       record "model": version, run-id; arrays "files" (|u1), one a file of a released model
     reply:       record "reply": version, run-id, server-round, site-id; arrays "envelope": payload (|u1)
     refusal:     record "refusal": version, site-id, code
 
-An envelope is a site's integers and then 32 bytes, the head of the run in the site's ledger. Between institutions an
-instruction also has the record "signature" (version, keys, signature: `shared.protection.channel`), and what comes up
-is always a reply whose payload is sealed, a refusal inside it too.
+An envelope is a site's integers and then 32 bytes, the head of the run in the site's ledger. Between institutions
+what goes down also has the record "signature" (version, keys, signature: `shared.protection.channel`), and what comes
+up is always a reply whose payload is sealed, with a code inside it where it is none.
 
 Arrays are raw little-endian bytes with their type and shape beside them: nothing is unpickled, no numpy
 header is parsed, and an array of objects cannot be written down. Readers refuse another version, unknown
@@ -45,6 +46,7 @@ MAX_PROMPT_CHARACTERS_TOGETHER = 2**24
 MAX_CONFIG_CHARACTERS = 2**16
 MAX_ROUND = 2**20
 MAX_SITES = 2**14
+MAX_WEIGHTS_BYTES, MAX_CARD_BYTES = 2**29, 2**25  # of a released model's files
 # A lattice value beyond this is refused at both ends: MAX_SITES of them add up below 2**62.
 LATTICE_LIMIT = 2**48
 
@@ -56,6 +58,12 @@ RAW = "fedcanvas.raw"  # Flower's `stype`: how to read `data`
 
 Kind = Literal["train", "moments"]
 MESSAGE_TYPES: dict[Kind, str] = {"train": "train", "moments": "train.moments"}
+OFFER_TYPE = "query"
+# A released model (`shared.rundir`), name of a file to the most bytes that it may have.
+MODEL_FILES = {
+    "generator.safetensors": MAX_WEIGHTS_BYTES, "discriminator.safetensors": MAX_WEIGHTS_BYTES,
+    "model.json": MAX_CARD_BYTES,
+}  # fmt: skip
 
 
 class RefusalCode(StrEnum):
@@ -68,6 +76,12 @@ class RefusalCode(StrEnum):
     APPROVAL = "approval"  # a person at the site has not approved the run, or has denied it
     RELEASE = "release"  # the site's code is mixed from two releases
     SITE = "site"
+
+
+class Confirmation(StrEnum):
+    """What a site says to an offered model, where it does not refuse it; sealed, or not at all."""
+
+    RECEIVED = "received"  # the site has it, whole and on its disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +125,18 @@ class RoundInstruction:
     @cached_property
     def prompts_digest(self) -> str:
         return hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOffer:
+    """The released model of a run, for the sites that took part in it.
+
+    Attributes:
+        files: exactly those of `MODEL_FILES`.
+    """
+
+    run_id: str
+    files: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -194,6 +220,21 @@ def decode_instruction(records: RecordDict) -> RoundInstruction:
         fakes=_read_fakes(records, len(table["prompts"])) if "fakes" in records else None,
         heads=_read_heads(table["heads"]),
     )
+
+
+def encode_offer(offer: ModelOffer) -> RecordDict:
+    table: dict[str, Any] = {"version": PROTOCOL_VERSION, "run-id": offer.run_id}
+    files = {name: _pack(np.frombuffer(content, np.uint8), "|u1") for name, content in offer.files.items()}
+    return RecordDict({"model": ConfigRecord(table), "files": ArrayRecord(files)})
+
+
+def decode_offer(records: RecordDict) -> ModelOffer:
+    """The offer in `records`; `ProtocolError` when it is anything else. What is in the files is not looked at."""
+    _check_names(records, {"model", "files"})
+    table = _read_table(records, "model", {"version": int, "run-id": str})
+    _check_name(table["run-id"], "run id")
+    files = _read_arrays(records, "files", {name: ("|u1", 1, most) for name, most in MODEL_FILES.items()})
+    return ModelOffer(table["run-id"], {name: file.tobytes() for name, file in zip(MODEL_FILES, files, strict=True)})
 
 
 def records_digest(records: RecordDict) -> bytes:

@@ -4,6 +4,7 @@
     spent.jsonl        one line a started round attempt, on disk before its instructions leave
     events.jsonl       public figures of every round; no clock in it, so that equal runs have equal files
     sites.json         heads of the run in the sites' ledgers, as last replies carried them, and who left and why
+    delivered.json     between institutions: what each site said to the released model, once it was offered
     timings.jsonl      seconds of every round, never compared, never cut
     reference.json     where the public reference set lies on the server, if there is one
     checkpoints/       round-00050.safetensors, the last two
@@ -315,6 +316,14 @@ class RunDirectory:
             return {"heads": {}, "left": {}}
         return dict(self.read_json("sites.json"))
 
+    def note_delivery(self, site: str, code: str, time: str) -> None:
+        """Keeps what a site said to the released model: that it has it, or its refusal's code."""
+        self.write_json("delivered.json", {**self.deliveries(), site: {"code": code, "time": time}})
+
+    def deliveries(self) -> dict[str, dict[str, str]]:
+        """Site id to the code that it answered the offered model with last, and when."""
+        return dict(self.read_json("delivered.json")) if (self.path / "delivered.json").is_file() else {}
+
     # ---- releases and checkpoints
 
     def save_release(self, server_round: int, total: np.ndarray, *, replies: int) -> None:
@@ -598,6 +607,33 @@ def load_model(path: Path) -> GeneratorModel:
         )
     generator.load_state_dict(weights)
     return GeneratorModel(generator.eval().requires_grad_(False), encoder, config, prompts, card)
+
+
+def check_model(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The card of a released model that came from elsewhere, once its files are those that it names.
+
+    Reading it runs no code, and builds no model: that is for `load_model`, when somebody wants pictures.
+
+    Args:
+        files: `model.json` and both files of weights, by name.
+    Raises:
+        RunDirectoryError: the card is none, names other weights, or the weights are no finite tensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    weights = {name: content for name, content in files.items() if name != "model.json"}
+    try:
+        card = json.loads(files["model.json"])
+        intact = card["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in weights.items()}
+        if not intact:
+            raise RunDirectoryError("the weights are not those that model.json names")
+        for name, content in weights.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in load(content).values()):
+                raise RunDirectoryError(f"{name} holds weights that are not finite")
+    except (SafetensorError, RecursionError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"it is no released model: {type(error).__name__}") from None
+    return dict(card)
 
 
 def to_json(content: Any) -> bytes:

@@ -20,12 +20,14 @@ from shared.protection.channel import NEWEST, AggregatorChannel
 from shared.protection.federation import AggregatorKeys, Federation, SiteKeys
 from shared.protection.keys import OpeningKey, SigningKey, VerifyKey
 from shared.records import (
+    ModelOffer,
     Refusal,
     RoundInstruction,
     SiteReply,
     attach_signature,
     decode_reply,
     encode_instruction,
+    encode_offer,
     records_digest,
 )
 
@@ -78,16 +80,16 @@ class Operator:
             forget_site(folder)
 
 
-def signed(channel: AggregatorChannel, asked: RoundInstruction) -> RecordDict:
-    records = encode_instruction(asked)
+def signed(channel: AggregatorChannel, asked: RoundInstruction | ModelOffer) -> RecordDict:
+    records = encode_offer(asked) if isinstance(asked, ModelOffer) else encode_instruction(asked)
     attach_signature(records, keys=channel.statement, signature=channel.sign(records_digest(records)))
     return records
 
 
-def sent(site: Path, records: RecordDict) -> SiteReply | Refusal:
+def sent(site: Path, records: RecordDict, *, kind: str = "train") -> SiteReply | Refusal:
     """What leaves the site, as Flower gets it, sealed or not."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # a message asks for them
     context = Context(1, 5, {"site-dir": str(site), "partition-id": 0}, RecordDict(), {})
-    message = make_app()(Message(records, 5, "train"), context)
+    message = make_app()(Message(records, 5, kind), context)
     assert not message.has_error()
     return decode_reply(message.content)

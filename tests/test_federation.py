@@ -203,7 +203,7 @@ def site(first: Aggregator, tmp_path: Path) -> SiteChannel:
 
 def test_an_instruction_is_checked_and_its_answer_is_opened(first: Aggregator, site: SiteChannel) -> None:
     site.check(DIGEST, **first.sent())
-    for kind in ("reply", "refusal"):
+    for kind in ("reply", "code"):
         opened = first.channel.open(site.seal(kind, b"12345", context=CONTEXT), context=CONTEXT)
         assert (opened.kind, opened.content) == (kind, b"12345")
 

@@ -36,13 +36,17 @@ LEVELS = {
         "client.receipts", "client.spending", "client.app", "client.ownership", "client.query", "client.enrolment",
         "client.site", "client.gate",
     ],
-    "server": ["server.cli", "server.deployment_cli", "server.worker", "server.app", "server.rounds", "server.cohort"],
+    "server": [
+        "server.cli", "server.deployment_cli", "server.worker", "server.delivery", "server.app", "server.rounds",
+        "server.cohort",
+    ],
 }
 
 # A library that is slow to load, or that has to be trusted, is met in one place.
 PLACES = {
     "flwr": {
-        "client.app", "client.worker", "server.app", "server.cohort", "server.mailbox", "server.superlink",
+        "client.app", "client.worker", "server.app", "server.cohort", "server.delivery", "server.mailbox",
+        "server.superlink",
         "server.worker", "shared.app_bundle", "shared.flower_runtime", "shared.records", "simulations.engines",
     },
     "ray": {"simulations.engines"},

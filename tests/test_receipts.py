@@ -24,7 +24,7 @@ import client.receipts
 from client.account import SiteAccount
 from client.policy import SitePolicy
 from client.receipts import receipts_page
-from client.settings import SiteConfig, note_refusal
+from client.settings import SiteConfig, note_code
 from client.site import Site
 from client.spending import best_guess, charged_and_not_sent, percent, receipts, run_figures, spent_over_time, totals
 from shared.cli import run
@@ -229,7 +229,7 @@ def test_percents_are_rounded_up_and_never_certainty() -> None:
 
 
 def test_the_list_ends_with_the_latest_message_and_the_totals(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    note_refusal(site, RefusalCode.POLICY, "greedy", 1)
+    note_code(site, RefusalCode.POLICY, "greedy", 1)
     with open(site / "refusals.jsonl", "a") as file:
         file.write("torn")
     assert run(["client", "receipts", "klinik"]) == 0

@@ -114,7 +114,7 @@ def test_a_run_between_institutions_ends_as_any_other_and_the_relay_reads_nothin
     clear: list[bytes] = []
     real = SiteChannel.seal
 
-    def watched(self: SiteChannel, kind: Literal["reply", "refusal"], content: bytes, **named: Any) -> bytes:
+    def watched(self: SiteChannel, kind: Literal["reply", "code"], content: bytes, **named: Any) -> bytes:
         clear.append(content)
         return real(self, kind, content, **named)
 
@@ -467,7 +467,7 @@ def test_a_site_that_can_seal_nothing_says_nothing_but_a_code_and_notes_that(
         assert charged(sites[0]) == 0
 
 
-@pytest.mark.parametrize("place", ["client.app.log_exception", "client.app.note_refusal", "client.app.SiteConfig.read"])
+@pytest.mark.parametrize("place", ["client.app.log_exception", "client.app.note_code", "client.app.SiteConfig.read"])
 @pytest.mark.parametrize("came", ["an instruction", "another bundle"])
 def test_no_failure_on_the_way_out_keeps_a_refusal_or_leaves_with_it(
     came: str, place: str, operator: Operator, sites: list[Path], clock: Clock, monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,7 @@
 """Both ends of the way between aggregator and site: what is signed and sealed on it, message by message.
 
-    aggregator  signs an instruction and sends the statement of its keys along; opens what comes back
-    site        checks both before anything of the instruction is decoded; seals its answer to those keys
+    aggregator  signs what it sends and sends the statement of its keys along; opens what comes back
+    site        checks both before anything of the message is decoded; seals its answer to those keys
 
 A site remembers the newest keys that it has seen and takes no older ones, so keys that were rotated away because they
 leaked are worth nothing to who has them. It seals to them whatever it could not read: no refusal travels in clear.
@@ -30,8 +30,8 @@ from shared.protection.sealed import (
 )
 
 NEWEST = "aggregator-keys.json"  # in the site's folder
-REPLY, REFUSAL = b"\0", b"\1"  # first byte of what is sealed
-REFUSAL_BYTES = 16  # of a code, filled up with zeros: the length tells nothing
+REPLY, CODE = b"\0", b"\1"  # first byte of what is sealed
+CODE_BYTES = 16  # of a code, filled up with zeros: the length tells nothing
 MOST_STATEMENT_BYTES = 2**14
 
 
@@ -39,7 +39,7 @@ MOST_STATEMENT_BYTES = 2**14
 class Opened:
     """What a site said, and nobody else could have said or read."""
 
-    kind: Literal["reply", "refusal"]
+    kind: Literal["reply", "code"]
     content: bytes
 
 
@@ -68,11 +68,11 @@ class AggregatorChannel:
         if context.federation != self.federation or context.site not in self.sites:
             raise TrustError(f"'{context.site}' is no site of federation {self.federation}")
         content = open_sealed(sealed, keys=self._opening, by=self.sites[context.site], context=context)
-        if content[:1] not in (REPLY, REFUSAL):
+        if content[:1] not in (REPLY, CODE):
             raise TrustError(f"the reply of site {context.site} is of an unknown kind")
         if content[:1] == REPLY:
             return Opened("reply", content[1:])
-        return Opened("refusal", content[1:].rstrip(b"\0"))
+        return Opened("code", content[1:].rstrip(b"\0"))
 
 
 class SiteChannel:
@@ -120,14 +120,14 @@ class SiteChannel:
         return keys
 
     def seal(
-        self, kind: Literal["reply", "refusal"], content: bytes, *, context: Context, to: AggregatorKeys | None = None
+        self, kind: Literal["reply", "code"], content: bytes, *, context: Context, to: AggregatorKeys | None = None
     ) -> bytes:
         """
         Args:
-            content: of a refusal a code of at most `REFUSAL_BYTES` ASCII letters.
+            content: a code has at most `CODE_BYTES` ASCII letters.
             to: the keys that the question was signed with; `None` where none could be told: the newest.
         """
         assert (context.federation, context.site) == (self.federation.name, self.site)
-        whole = REPLY + content if kind == "reply" else REFUSAL + content.ljust(REFUSAL_BYTES, b"\0")
-        assert kind == "reply" or len(content) <= REFUSAL_BYTES
+        whole = REPLY + content if kind == "reply" else CODE + content.ljust(CODE_BYTES, b"\0")
+        assert kind == "reply" or len(content) <= CODE_BYTES
         return seal(whole, to=(to or self._newest).sealing, by=self._signing, context=context)
