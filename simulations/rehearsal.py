@@ -5,7 +5,7 @@ partners type; each is printed. The data are made shapes, another set at each si
 ledgers are shown, and everything that was started is stopped, however it ended.
 
     OUT/server     the operator's folder; the trained model in runs/shapes/model
-    OUT/site-a     a partner's folder, and site-b, site-c; their data in OUT/data
+    OUT/site-a     a partner's folder, and site-b, site-c; the model that came back in its models; the data in OUT/data
     OUT/lineages   the ledgers, which on three machines would lie in three places
 
 Not here: how any of it works (`server.deployment`, `client.deployment`).
@@ -143,6 +143,16 @@ class Rehearsal:
             self.type("client", "runs", site)
             self.type("client", "approve", site, run_id, "--yes")
 
+    def await_models(self) -> None:
+        """Until each site that took part has the trained model."""
+        until = time.monotonic() + WAIT_SECONDS
+        while left := self.ask("server", "runs", "server")[0]["undelivered"]:
+            if time.monotonic() > until:
+                raise FederationError(f"the model did not come to {', '.join(left)}", hint="see server/logs/worker.log")
+            time.sleep(1)
+        for site in SITES:
+            self.type("client", "models", site)
+
     def show(self) -> None:
         self.type("server", "status", "server")
         for site in SITES:
@@ -182,6 +192,8 @@ def rehearse(folder: Path, *, rounds: int = 12) -> None:
         while (about := rehearsal.ask("server", "runs", "server")["runs"][0])["state"] in ("waiting", "running"):
             print(f"round {about['rounds_done']} of {about['rounds']}", flush=True)
             time.sleep(10)
+        if about["state"] == "finished":
+            rehearsal.await_models()
         rehearsal.show()
         if about["state"] != "finished":
             raise FederationError(f"the run is {about['state']}: {about['reason']}")
