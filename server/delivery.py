@@ -21,6 +21,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.cohort import ENGINE_ERRORS, Roster
+from server.mailbox import Apart
 from server.run_queue import QueuedRun, RunQueue
 from shared.errors import FedCanvasError, FederationError, ProtocolError
 from shared.protection.channel import AggregatorChannel
@@ -100,11 +101,10 @@ class Delivery:
             names, since = list(grid.push_messages(messages)), time.monotonic()
             if None in names or len(names) != len(messages):
                 raise FederationError(f"the engine did not take the model of run {run.name}")
-            pending = dict(zip(names, nodes.values(), strict=True))
+            pending, mailbox = dict(zip(names, nodes.values(), strict=True)), Apart(grid)
             while pending and not stopped() and time.monotonic() - since < self._patience():
-                for message in grid.pull_messages(list(pending)):
-                    if (name := message.metadata.reply_to_message_id) in pending:
-                        self._take(run, pending.pop(name), offer, message)
+                for name, came in mailbox.arrived(pending):
+                    self._take(run, pending.pop(name), offer, came)
                 time.sleep(POLL_SECONDS)
         for site in pending.values():
             self._say(f"{run.name}: site {site} has not answered to the model")
@@ -136,9 +136,11 @@ class Delivery:
     def _patience(self) -> float:
         return OFFER_SECONDS if self._queue.next() is None else BUSY_SECONDS
 
-    def _take(self, run: QueuedRun, site: str, offer: SignedOffer, message: Message) -> None:
+    def _take(self, run: QueuedRun, site: str, offer: SignedOffer, came: Message | ProtocolError) -> None:
         try:
-            code = offer.read(message, site)
+            if isinstance(came, ProtocolError):
+                raise came
+            code = offer.read(came, site)
         except FedCanvasError as error:
             self._say(f"{run.name}: site {site} did not confirm the model: {error.message}")
             return

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from server.aggregation import RoundSum
+from server.aggregation import RoundSum, largest_value
 from server.cohort import Cohort
 from server.training import ServerTraining
 from shared.config import RunConfig
@@ -68,7 +68,8 @@ def run_rounds(
             # Charged on disk before any instruction leaves: a crash from here on counts as spent.
             instruction = replace(instruction, attempt=charge(rundir, instruction, config=config, plan=plan))
             length = training.moment_size() if server_round == WARM_START else parameter_count(training.discriminator)
-            summed = RoundSum(run_id=rundir.run_id, server_round=server_round, length=length)
+            most = largest_value(config, plan, instruction.kind, length=length)
+            summed = RoundSum(run_id=rundir.run_id, server_round=server_round, length=length, most=most)
             # A ledger that is set back right after it answered is noticed by the head of that very answer.
             asked = cohort.ask(instruction, summed.add, lambda reply: remember_head(rundir, reply))
             released = summed.total, summed.replies
