@@ -196,7 +196,10 @@ def cancel(folder: Folder, name: Name) -> None:
 
 @group_command(server, "resume", "go on with a failed or cancelled run")
 def resume(folder: Folder, name: Name) -> None:
-    """Go on with RUN from its last checkpoint; sites keep their approval and their ledger."""
+    """Go on with RUN from its last checkpoint; sites keep their approval and their ledger.
+
+    A cancellation that the server has not seen yet is taken back.
+    """
     from server.run_queue import RunQueue
 
     _open(folder)
