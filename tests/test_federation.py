@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from shared.errors import TrustError
 from shared.protection.channel import NEWEST, AggregatorChannel, SiteChannel
 from shared.protection.federation import CLOCKS, AggregatorKeys, Federation, SiteKeys
-from shared.protection.keys import OpeningKey, SealFor, SigningKey
+from shared.protection.keys import OpeningKey, SealFor, SigningKey, VerifyKey
 from shared.protection.sealed import Context
 
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
@@ -268,6 +268,26 @@ def test_nobody_answers_for_another_site(first: Aggregator, site: SiteChannel) -
     for changes, word in (({"site": "st-bruno"}, "no site of"), ({"federation": "other"}, "no site of")):
         with pytest.raises(TrustError, match=word):
             first.channel.open(answer, context=dataclasses.replace(CONTEXT, **changes))
+
+
+class Vanishing(dict[str, VerifyKey]):
+    """A roster whose site is revoked after one look."""
+
+    def get(self, site: str, default: Any = None) -> Any:
+        return self.pop(site, default)
+
+    def __contains__(self, site: object) -> bool:
+        return self.pop(str(site), None) is not None
+
+
+def test_a_site_that_is_revoked_while_its_answer_is_opened_is_no_error_of_ours(
+    first: Aggregator, site: SiteChannel
+) -> None:
+    answer = site.seal("reply", b"x", context=CONTEXT)
+    first.channel.sites = Vanishing(first.channel.sites)
+    assert first.channel.open(answer, context=CONTEXT).content == b"x"
+    with pytest.raises(TrustError, match="no site of"):
+        first.channel.open(answer, context=CONTEXT)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"rubbish"])

@@ -20,11 +20,12 @@ CALLS = {
     "build": {"client.app", "client.query", "client.site"}, "print": set(),
 }  # fmt: skip
 # Ways out of a process that a site has no use for. `client.app` alone makes messages of Flower's, and `client.worker`
-# carries them, which it cannot make; `client.deployment` looks for a free port of this machine's loopback.
+# carries them, which it cannot make. `client.doctor`, a command of a person at the site, tries the way to the server, and
+# `client.network` reads certificates; no process that answers messages loads them.
 IMPORTS = {
-    "flwr": {"client.app", "client.worker"}, "typer": {"client.cli"}, "rich": set(), "ssl": set(),
-    "socket": {"client.deployment"},
-    "http": set(), "urllib": set(), "urllib3": set(), "requests": set(), "httpx": set(), "aiohttp": set(),
+    "flwr": {"client.app", "client.worker"}, "typer": {"client.cli", "client.deployment_cli"}, "rich": set(),
+    "ssl": {"client.doctor", "client.network"}, "socket": {"client.doctor"}, "http": {"client.doctor"},
+    "urllib": set(), "urllib3": set(), "requests": set(), "httpx": set(), "aiohttp": set(),
     "asyncio": set(),
     "ftplib": set(), "smtplib": set(), "socketserver": set(), "xmlrpc": set(), "grpc": set(), "ray": set(),
     "websockets": set(), "webbrowser": set(), "logging": set(), "syslog": set(), "subprocess": set(),
@@ -36,6 +37,13 @@ ATTRIBUTES = {
     "os.execv": set(), "os.fork": set(), "os.posix_spawn": set(), "warnings.warn": set(),
     "importlib.import_module": set(),
 }  # fmt: skip
+
+
+def test_what_answers_messages_loads_nothing_that_tries_the_network() -> None:
+    """In a process of its own, as the worker is started."""
+    look = "import client.worker, sys; print(sorted({'client.doctor', 'client.deployment_cli'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def modules() -> dict[str, ast.Module]:

@@ -65,9 +65,11 @@ class AggregatorChannel:
 
     def open(self, sealed: bytes, *, context: Context) -> Opened:
         """Raises `TrustError`: no site of the roster, or not its answer to this question."""
-        if context.federation != self.federation or context.site not in self.sites:
+        # Looked up once: between two looks it may be revoked.
+        by = self.sites.get(context.site) if context.federation == self.federation else None
+        if by is None:
             raise TrustError(f"'{context.site}' is no site of federation {self.federation}")
-        content = open_sealed(sealed, keys=self._opening, by=self.sites[context.site], context=context)
+        content = open_sealed(sealed, keys=self._opening, by=by, context=context)
         if content[:1] not in (REPLY, CODE):
             raise TrustError(f"the reply of site {context.site} is of an unknown kind")
         if content[:1] == REPLY:
