@@ -6,6 +6,8 @@ What the gate lets through is in test_records.py and test_site.py.
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
