@@ -22,8 +22,8 @@ CALLS = {
     "build": {"client.app", "client.query", "client.site"}, "print": set(),
 }  # fmt: skip
 # Ways out of a process that a site has no use for. `client.app` alone makes messages of Flower's, and `client.worker`
-# carries them, which it cannot make. `client.doctor`, a command of a person at the site, tries the way to the server, and
-# `client.network` reads certificates; no process that answers messages loads them.
+# carries them, which it cannot make. `client.doctor`, a command of a person at the site, tries the way to the server,
+# and `client.network` reads certificates; no process that answers messages loads the former.
 IMPORTS = {
     "flwr": {"client.app", "client.worker"}, "typer": {"client.cli", "client.deployment_cli"}, "rich": set(),
     "ssl": {"client.doctor", "client.network"}, "socket": {"client.doctor"}, "http": {"client.doctor"},
