@@ -44,7 +44,7 @@ delta = 1e-5
 sampling-rate = 0.15
 [federation]
 rounds = {rounds}
-local-steps = 16
+local-steps = 8
 fewest-sites = 2
 published-records = 9000
 [discriminator]
@@ -172,7 +172,7 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def rehearse(folder: Path, *, rounds: int = 12) -> None:
+def rehearse(folder: Path, *, rounds: int = 14) -> None:
     """Everything, into a new folder or that of a rehearsal before.
 
     Raises:
@@ -212,7 +212,7 @@ def main() -> None:
     from shared.errors import FedCanvasError
 
     try:
-        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 12)
+        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 14)
     except FedCanvasError as error:
         sys.exit(fail(error))
 
