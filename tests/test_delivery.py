@@ -660,7 +660,7 @@ def test_a_trained_model_comes_to_every_site_that_took_part_when_it_is_there_and
         assert not first.deliver(stopped=lambda: False)
         assert files_of(sites[0] / "models" / run_id) == files_of(run.path / "model")
         assert [kept(site) for site in sites] == [[run_id], [], []]
-        status = run_status(queue["spring"])
+        status = run_status(queue["spring"], queue)
         assert (status["delivered"], status["undelivered"]) == (["site-0"], {"site-1": ""})
         # Up came the sealed code and the names of run and site, whatever the model is: no byte of it, and no word.
         assert b"received" not in b"".join(wire.up)
@@ -674,7 +674,7 @@ def test_a_trained_model_comes_to_every_site_that_took_part_when_it_is_there_and
     assert kept(sites[2]) == []
     assert codes_noted(sites[0]) == codes_noted(sites[1]) == ["received"]
     assert len(wire.down) == 2 * pushed  # one message each time
-    status = run_status(queue["spring"])
+    status = run_status(queue["spring"], queue)
     assert (status["delivered"], status["undelivered"]) == (["site-0", "site-1"], {})
     written = json.loads((run.path / "delivered.json").read_text())
     assert {site: answer["code"] for site, answer in written.items()} == dict.fromkeys(("site-0", "site-1"), "received")
@@ -791,7 +791,7 @@ def test_a_worker_that_is_told_to_end_waits_for_nobody(scene: Scene) -> None:
 def test_a_refusal_an_error_and_what_is_no_answer_are_told_and_tried_again(scene: Scene) -> None:
     scene.says.update({1: b"policy", 2: Error(code=5, reason="secret words")})
     assert scene.deliver()
-    status = run_status(scene.queue["spring"])
+    status = run_status(scene.queue["spring"], scene.queue)
     assert (status["delivered"], status["undelivered"]) == ([], {"site-1": "policy", "site-2": ""})
     assert scene.said == [
         "spring: site site-1 refused the model with code 'policy'; its own log says more",
@@ -801,7 +801,7 @@ def test_a_refusal_an_error_and_what_is_no_answer_are_told_and_tried_again(scene
     scene.now += 61
     assert scene.deliver()
     assert "is no answer to a model" in scene.said[-1]
-    status = run_status(scene.queue["spring"])
+    status = run_status(scene.queue["spring"], scene.queue)
     assert (status["delivered"], status["undelivered"]) == (["site-1"], {"site-2": ""})
 
 
@@ -812,7 +812,7 @@ def test_each_run_has_its_turn_and_a_broken_one_is_said_once(scene: Scene, model
     assert not scene.deliver()
     assert [line for line in scene.said if "spring" in line] == [scene.said[0]]
     assert "its model is not delivered" in scene.said[0]
-    assert run_status(scene.queue["summer"])["delivered"] == ["site-1", "site-2"]
+    assert run_status(scene.queue["summer"], scene.queue)["delivered"] == ["site-1", "site-2"]
 
 
 def test_an_engine_that_takes_nothing_is_not_tried_without_a_pause(
@@ -831,7 +831,7 @@ def test_an_engine_that_takes_nothing_is_not_tried_without_a_pause(
         assert not scene.deliver()
     scene.now += 61
     assert scene.deliver()
-    assert run_status(scene.queue["spring"])["delivered"] == ["site-1", "site-2"]
+    assert run_status(scene.queue["spring"], scene.queue)["delivered"] == ["site-1", "site-2"]
 
 
 def test_a_run_that_is_not_finished_has_no_model_to_bring(operator: Operator, tmp_path: Path) -> None:
@@ -843,7 +843,7 @@ def test_a_run_that_is_not_finished_has_no_model_to_bring(operator: Operator, tm
             say=lambda text: pytest.fail(text),
         )  # fmt: skip
         assert not delivery.deliver(stopped=lambda: False)
-        assert run_status(queue[name])["undelivered"] == {}
+        assert run_status(queue[name], queue)["undelivered"] == {}
 
 
 # ---- for people

@@ -26,7 +26,7 @@ from test_worker import hostile_bundle, send
 from tls_servers import certificate, connect_proxy, copy, listening, write_pair
 from toy_federation import PROMPTS, toy_config, toy_policy
 
-from server.rounds import opened
+from server.cohort import opened
 from shared.app_bundle import digest_of_bundle
 from shared.cli import run
 from shared.records import SiteReply
