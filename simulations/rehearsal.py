@@ -146,7 +146,7 @@ class Rehearsal:
     def await_models(self) -> None:
         """Until each site that took part has the trained model."""
         until = time.monotonic() + WAIT_SECONDS
-        while left := self.ask("server", "runs", "server")[0]["undelivered"]:
+        while left := self.ask("server", "runs", "server")["runs"][0]["undelivered"]:
             if time.monotonic() > until:
                 raise FederationError(f"the model did not come to {', '.join(left)}", hint="see server/logs/worker.log")
             time.sleep(1)
@@ -172,7 +172,7 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def rehearse(folder: Path, *, rounds: int = 14) -> None:
+def rehearse(folder: Path, *, rounds: int = 10) -> None:
     """Everything, into a new folder or that of a rehearsal before.
 
     Raises:
@@ -212,7 +212,7 @@ def main() -> None:
     from shared.errors import FedCanvasError
 
     try:
-        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 14)
+        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 10)
     except FedCanvasError as error:
         sys.exit(fail(error))
 
