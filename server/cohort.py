@@ -151,7 +151,7 @@ class Cohort:
         self.members: dict[int, _Member] = {}
         self.mailbox: Mailbox = OneByOne(grid) if roster is None else Apart(grid)
         self._begun = begun
-        self._looked = 0.0
+        self._looked, self._online = 0.0, dict[int, str]()  # when the roster was asked, and what it said
 
     def wait(self) -> None:
         """Until enough nodes are there, once; without a roster exactly `federation.sites` of them.
@@ -210,8 +210,8 @@ class Cohort:
         if at_once or now - self._looked > LOOK_SECONDS:
             self._looked, self._online = now, self.roster.online()
             for node, site in self._online.items():
+                # A site that was admitted again with other keys has another node: what the old one did is not its.
                 self.members.setdefault(node, _Member(node, site))
-        # A site that was revoked and admitted with other keys has another node: what the old one did is not its.
         return [self.members[node] for node in sorted(self._online)]
 
     def left(self, gone: Collection[int]) -> int:

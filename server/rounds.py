@@ -73,7 +73,8 @@ def run_rounds(
             # A ledger that is set back right after it answered is noticed by the head of that very answer.
             asked = cohort.ask(instruction, summed.add, lambda reply: remember_head(rundir, reply))
             released = summed.total, summed.replies
-            rundir.remember_sites(summed.heads, {r.site_id: r.code.value for r in asked.refusals}, server_round)
+            if asked.refusals:
+                rundir.remember_sites({}, {r.site_id: r.code.value for r in asked.refusals}, server_round)
             rundir.save_release(server_round, summed.total, replies=summed.replies)
             traffic = asked.bytes_down, asked.bytes_up
             torch.set_num_threads(config.compute.server_threads)  # sites in this process had their own number

@@ -42,9 +42,8 @@ MOST_ENGINE_FAILURES = 20  # in a row, without a round between them
 class _Log:
     """An observer that writes lines to the log."""
 
-    def __init__(self, name: str, rounds: int) -> None:
-        self.name, self.rounds, self.done = name, rounds, 0
-        self._since = time.monotonic()
+    def __init__(self, name: str) -> None:
+        self.name, self.rounds, self._since = name, 0, time.monotonic()
 
     def on_warm_start(self, step: int, steps: int) -> None:
         pass
@@ -52,7 +51,7 @@ class _Log:
     def on_round(self, server_round: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()
         self.on_message(f"round {server_round} of {self.rounds} in {now - self._since:.1f} s")
-        self._since, self.done = now, self.done + 1
+        self._since = now
 
     def on_sample(self, server_round: int, path: Path) -> None:
         pass
@@ -77,7 +76,7 @@ def work(folder: Path, *, ending: threading.Event) -> None:
             if live.trouble or (queued := queue.next()) is None:
                 ending.wait(IDLE_SECONDS)
                 continue
-            log, asked = _Log(queued.name, 0), _asked(queued)
+            log, asked = _Log(queued.name), _asked(queued)
             try:
                 _do(queued, log, federation=federation, live=live, superlink=superlink, queue=queue, ending=ending)
                 failures = 0
