@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from client.deployment_cli import commands
-from shared.cli import group_command, new_group, say, warn
+from shared.cli import AsJson, group_command, new_group, say, warn
 from shared.errors import ConfigError, FedCanvasError, LedgerError, PrivacyError, UsageError
 from shared.progress import StepProgress
 
@@ -48,7 +48,6 @@ client.add_typer(commands)
 
 Site = Annotated[Path, typer.Argument(metavar="SITE_DIR", hidden=True)]
 Run = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Overlaps = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,11 +10,11 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli import group_command, printable, say, warn
+from shared.cli import AsJson, Foreground, LogForm, group_command, printable, say, warn
 from shared.errors import UsageError
 from shared.progress import StepProgress
 
@@ -24,19 +24,16 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 Site = Annotated[Path, typer.Argument(metavar="SITE_DIR", hidden=True)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 @group_command(commands, "start", "answer the federation that was joined, from now on")
 def start(
     site_dir: Site,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", help="Stay, until SIGTERM or Ctrl-C: for systemd and containers.")
-    ] = False,
+    foreground: Foreground = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="In the foreground: lines go to the logs in SITE_DIR/logs only.")
     ] = False,
-    log_format: Annotated[Literal["text", "json"], typer.Option(help="Of a line of the logs.")] = "text",
+    log_format: LogForm = "text",
 ) -> None:
     """Keep the two processes of SITE_DIR running: Flower's node, which alone has a connection, and the worker.
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shared.cli import new_app, say
+from shared.cli import AsJson, new_app, say
 from shared.errors import UsageError
 
 MOST_PICTURES = 100_000
@@ -39,7 +39,7 @@ def generate(
         typer.Option(min=1, max=MOST_PICTURES, help="In place of --n: so many in all, each with its own latents."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another seed, other pictures.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw pictures of each PROMPT with the model of a finished run.
 
@@ -100,7 +100,7 @@ def report(
         Path | None,
         typer.Option(help="The file to write.  [default: report.html in the run directory]", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write one HTML file about RUN, a run directory: curves, samples over rounds, epsilon, settings.
 

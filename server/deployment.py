@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from server.federation import CERTIFICATE, CERTIFICATE_KEY, FederationFolder, split_address
+from server.status import readiness
 from shared.disk import make_private, write_whole
-from shared.errors import UsageError
+from shared.errors import FederationError, UsageError
 from shared.flower_runtime import AUTHORITY, ENVIRONMENT, Runtime
-from shared.supervisor import Program
+from shared.supervisor import LogFormat, Program, detach, is_held, supervise, until_told
 
 PROXY, DATABASE = "run/proxy.json", "run/superlink.db"
 # All that a SuperNode asks for once its key is registered. Registering is the roster's (`server.roster`).
@@ -50,6 +51,7 @@ STALL_SECONDS, BYTES_A_SECOND = 20, 1000  # of a body: how long it may stand sti
 FILES = 512  # open at once: two for each connection that is passed on. A body is held in memory until it is whole
 IN_WORK = 32  # requests that the SuperLink works on at the same time; others wait
 DIAL_SECONDS = 5
+START_SECONDS = 60.0
 CHECK_SECONDS = 30.0
 
 
@@ -83,6 +85,57 @@ def programs(folder: Path, *, listen: str = "") -> list[Program]:
         Program("proxy", proxy, homes),
         Program("worker", [sys.executable, "-P", "-m", "server.worker", str(folder)], environment, most_seconds=10.0),
     ]
+
+
+def plan_start(folder: Path, *, listen: str = "") -> list[Program]:
+    """`programs`, where nothing keeps them from being started.
+
+    Raises:
+        FederationError, UsageError: it is started already, the port is taken, or there is no proxy.
+    """
+    if is_held(folder):
+        raise FederationError(f"{folder} is started already", hint="stop it first, or ask for its status")
+    port = _port(FederationFolder.open(folder), listen)
+    if is_reachable(f"localhost:{port}"):
+        raise UsageError(f"port {port} is taken on this machine", hint="stop what listens there, or name another port")
+    return programs(folder, listen=listen)
+
+
+def start(folder: Path, *, listen: str = "", form: LogFormat = "text") -> str:
+    """All programs, detached; the address at which sites find them.
+
+    Raises:
+        FederationError: they do not come up; then nothing is left running.
+    """
+    opened = FederationFolder.open(folder)
+    port = _port(opened, listen)
+    options = ["--foreground", "--quiet", "--log-format", form, *(["--listen", listen] if listen else [])]
+    # -P: code lies where it is installed, never where somebody happens to stand.
+    python = [sys.executable, "-P", "-m", "shared.cli"]
+    made = detach([*python, "server", "start", str(folder.resolve()), *options], folder)
+    try:
+        ready = made.wait_until(
+            lambda: readiness(folder).ready and is_reachable(f"localhost:{port}"), seconds=START_SECONDS
+        )
+        if not ready:
+            raise FederationError(
+                f"{folder} does not come up: {readiness(folder).trouble or 'no word of it'}",
+                hint=f"see {folder / 'logs'}; nothing was left running",
+            )
+    except BaseException:  # also a person who does not want to wait
+        made.end()
+        raise
+    return opened.federation.address
+
+
+def run_here(folder: Path, kept: Sequence[Program], *, form: LogFormat, aloud: bool) -> None:
+    """All programs, until SIGTERM or Ctrl-C."""
+    until_told(lambda told: supervise(folder, kept, stopped=told, form=form, aloud=aloud))
+
+
+def _port(opened: FederationFolder, listen: str) -> int:
+    """That the proxy listens on."""
+    return split_address(f"localhost{listen}" if listen.startswith(":") else listen or opened.federation.address)[1]
 
 
 def find_proxy() -> str:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.federation_cli import AsJson, Folder, server
-from shared.cli import group_command, printable, say, warn
+from server.federation_cli import Folder, server
+from shared.cli import AsJson, Foreground, LogForm, group_command, printable, say, warn
 from shared.errors import FederationError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from server.run_queue import QueuedRun
     from shared.config import RunConfig
 
-START_SECONDS = 60.0
 FOLLOW_SECONDS = 1.0
 Name = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
 
@@ -32,9 +30,7 @@ Name = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
 @group_command(server, "start", "begin to serve the sites")
 def start(
     folder: Folder,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", help="Stay, until SIGTERM or Ctrl-C: for systemd and containers.")
-    ] = False,
+    foreground: Foreground = False,
     listen: Annotated[
         str,
         typer.Option(metavar="[HOST]:PORT", help="Where the proxy listens.  [default: the address's port, everywhere]"),
@@ -42,50 +38,26 @@ def start(
     quiet: Annotated[
         bool, typer.Option("--quiet", help="In the foreground: lines go to the logs in DIR/logs only.")
     ] = False,
-    log_format: Annotated[Literal["text", "json"], typer.Option(help="Of a line of the logs.")] = "text",
+    log_format: LogForm = "text",
 ) -> None:
     """Keep the three processes of DIR running: Flower's SuperLink, the proxy in front of it, and the worker.
 
     Sites reach the proxy alone. Runs that were not over go on from their last checkpoint.
     """
-    from server.deployment import is_reachable, programs
-    from server.federation import split_address
-    from server.status import readiness
-    from shared.supervisor import detach, is_held, supervise, until_told
+    from server.deployment import plan_start, run_here
+    from server.deployment import start as start_detached
 
     opened = _open(folder)
     opened.channel()  # keys that have ended, or that others can read, are said before anything starts
     for words in opened.warnings():
         warn(words)
-    if is_held(folder):
-        raise FederationError(f"{folder} is started already", hint="stop it first, or ask for its status")
-    port = split_address(listen if not listen.startswith(":") else f"localhost{listen}")[1] if listen else (
-        split_address(opened.federation.address)[1]
-    )  # fmt: skip
-    if is_reachable(f"localhost:{port}"):
-        raise UsageError(f"port {port} is taken on this machine", hint="stop what listens there, or name another port")
-    planned = programs(folder, listen=listen)
+    planned = plan_start(folder, listen=listen)
     if foreground:
-        until_told(lambda told: supervise(folder, planned, stopped=told, form=log_format, aloud=not quiet))
+        run_here(folder, planned, form=log_format, aloud=not quiet)
         return
     say("starting")
-    options = ["--foreground", "--quiet", "--log-format", log_format, *(["--listen", listen] if listen else [])]
-    # -P: code lies where it is installed, never where somebody happens to stand.
-    python = [sys.executable, "-P", "-m", "shared.cli"]
-    made = detach([*python, "server", "start", str(folder.resolve()), *options], folder)
-    try:
-        ready = made.wait_until(
-            lambda: readiness(folder).ready and is_reachable(f"localhost:{port}"), seconds=START_SECONDS
-        )
-        if not ready:
-            raise FederationError(
-                f"{folder} does not come up: {readiness(folder).trouble or 'no word of it'}",
-                hint=f"see {folder / 'logs'}; nothing was left running",
-            )
-    except BaseException:  # also a person who does not want to wait
-        made.end()
-        raise
-    typer.echo(f"{folder} is started: sites find it at {opened.federation.address}; its logs are in {folder / 'logs'}")
+    address = start_detached(folder, listen=listen, form=log_format)
+    typer.echo(f"{folder} is started: sites find it at {address}; its logs are in {folder / 'logs'}")
 
 
 @group_command(server, "stop", "end the server's processes")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli import Interrupted, new_app, printable, say
+from shared.cli import AsJson, Interrupted, new_app, printable, say
 from shared.errors import DataError, UsageError
 from shared.progress import Barred, StepProgress, on_terminal
 
@@ -73,7 +73,7 @@ def evaluate(
     ] = None,
     delta: Annotated[float | None, typer.Option(help="Of --charge.  [default: its share of the lineage's]")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a ledger is charged.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the model of RUN, a finished run directory or a model folder, against public pictures.
 
@@ -142,7 +142,7 @@ def evaluate(
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", hidden=True)],
     html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Lay evaluated runs side by side: RUN RUN... are run directories that `fedcanvas evaluate` has measured.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import group_command, new_group, printable, say
+from shared.cli import AsJson, group_command, new_group, printable, say
 from shared.errors import FederationError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ server = new_group(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", hidden=True)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")]
 PassphraseFile = Annotated[
     Path | None, typer.Option(help="First line: the passphrase of the identity's key.  [default: it has none]")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from shared.cli import new_app, say
+from shared.cli import AsJson, new_app, say
 from shared.errors import FedCanvasError, UsageError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def plan(
     noise: Annotated[Literal["local", "distributed"], typer.Option(help="Who adds the noise.")] = "local",
     clipping_norm: Annotated[float, typer.Option(help="C, the largest length of one record's gradient.")] = 12.0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw epsilon over the rounds.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what a run would cost and whether it can learn, before anyone joins.
 

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import click
 import typer
@@ -27,6 +27,14 @@ from shared.registry import nearest_name_hint
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+
+
+# Options that several commands have.
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Foreground = Annotated[
+    bool, typer.Option("--foreground", help="Stay, until SIGTERM or Ctrl-C: for systemd and containers.")
+]
+LogForm = Annotated[Literal["text", "json"], typer.Option("--log-format", help="Of a line of the logs.")]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from shared.cli import Interrupted, new_app, say, warn
+from shared.cli import AsJson, Interrupted, new_app, say, warn
 from shared.errors import DataError, FedCanvasError, RunDirectoryError, UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def simulate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same result, bit for bit.  [default: 0]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: AsJson = False,
     list_scenarios: Annotated[bool, typer.Option("--list", help="List the scenarios and exit.")] = False,
     list_settings: Annotated[bool, typer.Option("--settings", help="List all settings and exit.")] = False,
 ) -> None:
