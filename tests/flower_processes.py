@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shared.app_bundle import bundle_files
+from shared.flower_runtime import free_port
 from shared.protection.certificates import issue_server_certificate, make_authority
 from shared.protection.keys import write_private
 
@@ -30,13 +31,6 @@ def eventually(true: Callable[[], object], what: str, seconds: float = 60.0) -> 
     while not true():
         assert time.monotonic() < until, f"{what} never came about"
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        port: int = made.getsockname()[1]
-        return port
 
 
 def listens(port: int) -> bool:

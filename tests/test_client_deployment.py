@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from deployed_site import CHEAP, OPEN, instruction
-from flower_processes import ROOT, Flower, eventually, flower, free_port, listens
+from flower_processes import ROOT, Flower, eventually, flower, listens
 from flwr.common.serde import recorddict_to_proto
 from joined_sites import Operator, sent, signed
 from test_site_processes import pid_of
@@ -33,6 +33,7 @@ from client.worker import Ending
 from server.cohort import opened
 from shared.app_bundle import digest_of_bundle
 from shared.cli import run
+from shared.flower_runtime import free_port
 from shared.protection.keys import read_node_key, write_node_key
 from shared.records import SiteReply
 from shared.supervisor import LogLine, log_lines

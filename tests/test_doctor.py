@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from flower_processes import flower, free_port
+from flower_processes import flower
 from test_client_deployment import cut_ledger, joined_site
 from test_network import AUTHORITY, BEYOND, forget_proxies, site_at
 from tls_servers import DAY, Pair, certificate, connect_proxy, listening, tls_server
@@ -23,6 +23,7 @@ from client.deployment import programs
 from client.membership import NODE
 from client.network import write_trusted
 from shared.cli import run
+from shared.flower_runtime import free_port
 from shared.protection.keys import write_node_key
 
 

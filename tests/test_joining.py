@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import ssl
 import subprocess
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deployed_site import OPEN, round_of
 from joined_sites import sent, signed
+from killed_process import KillAtCall, Killed
 from toy_federation import make_sites, toy_policy
 
 import client.worker
@@ -251,30 +250,6 @@ def test_one_command_at_a_time_changes_a_federation(operator: FederationFolder, 
     operator.revoke("site-0")
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what changes the disk: call `number` does not happen, nor does anything after it."""
-    calls = 0
-
-    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls >= number:
-                raise Killed
-            return function(*args, **options)
-
-        return call
-
-    for name in ("fsync", "link", "replace"):
-        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
-    for name in ("rename", "unlink"):
-        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
-
-
 def test_a_rotation_that_is_cut_off_anywhere_leaves_keys_and_certificate_that_fit(
     operator: FederationFolder, tmp_path: Path
 ) -> None:
@@ -282,7 +257,8 @@ def test_a_rotation_that_is_cut_off_anywhere_leaves_keys_and_certificate_that_fi
     for number in itertools.count(1):
         folder = FederationFolder.open(shutil.copytree(operator.path, tmp_path / f"cut-{number}"))
         with pytest.MonkeyPatch.context() as patch:
-            kill_at_call(number, patch)
+            kill = KillAtCall(number, patch)
+            kill.watch(of_os=("fsync", "link", "replace"), of_path=("rename", "unlink"))
             try:
                 folder.rotate()
             except Killed:

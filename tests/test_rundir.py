@@ -14,13 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from killed_process import KillAtCall, Killed
 
 from shared.config import RunConfig
 from shared.disk import write_whole
@@ -95,35 +95,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Everything that changes the disk counts; call `number` does not happen, nor does anything after it."""
-    calls = 0
-
-    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls >= number:
-                raise Killed
-            return function(*args, **options)
-
-        return call
-
-    for name in ("fsync", "truncate"):
-        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
-    for name in ("rename", "unlink", "mkdir"):
-        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
+def kill_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> KillAtCall:
+    """Of everything that changes the disk, opening a file to write included."""
+    kill = KillAtCall(number, monkeypatch)
+    kill.watch(of_os=("fsync", "truncate"), of_path=("rename", "unlink", "mkdir"))
     plain_open = Path.open
 
     def opened(self: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-        return guarded(plain_open)(self, mode, *args, **options) if mode != "r" else plain_open(self, mode)
+        return kill.guarded(plain_open)(self, mode, *args, **options) if mode != "r" else plain_open(self, mode)
 
     monkeypatch.setattr(Path, "open", opened)
-    return lambda: calls
+    return kill
 
 
 def test_death_before_any_write_ends_in_the_files_of_an_undisturbed_run(
@@ -135,14 +117,14 @@ def test_death_before_any_write_ends_in_the_files_of_an_undisturbed_run(
     while True:
         path = tmp_path / f"run-{number}"
         with pytest.MonkeyPatch.context() as patch:
-            calls = kill_at_call(number, patch)
+            kill = kill_at_call(number, patch)
             try:
                 run = start_or_resume(path)
                 play(run)
             except Killed:
                 deaths += 1
             else:
-                assert calls() < number  # the run has no further call to die at
+                assert kill.calls < number  # the run has no further call to die at
                 break
             finally:
                 run_open = locals().get("run")
