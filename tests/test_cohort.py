@@ -365,9 +365,9 @@ def test_what_the_engine_cannot_put_together_is_its_site_s(monkeypatch: pytest.M
     monkeypatch.setattr(run.grid, "pull_messages", pull)
     run.cohort.fewest = 1
     assert run.round() == ["site-1"]
-    assert [state for state in run.states if state[1] == "sent what is no answer"] == [
+    assert sorted(state for state in run.states if state[1] == "sent what is no answer") == [
         ("site-2", "sent what is no answer"), ("site-3", "sent what is no answer"),
-    ]  # fmt: skip
+    ]  # fmt: skip  # one thread an answer: either may come first
 
 
 def test_an_engine_that_is_gone_is_no_site_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
