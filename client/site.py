@@ -169,7 +169,7 @@ class Site:
         if run is None:
             run = self._reserve(instruction, config, plan, policy)
         elif run.closed is not None:
-            raise SiteRefusal(RefusalCode.APPROVAL, f"run {run_id} was ended here: {run.closed}")
+            raise SiteRefusal(RefusalCode.DENIED, f"run {run_id} was ended here: {run.closed}")
         else:
             self._check_admitted(instruction, config, policy, run)
         length = payload_length(instruction, public)
@@ -330,7 +330,7 @@ class Site:
             self.account.write_proposed(proposed)
         if proposed.decision != "approved":
             raise SiteRefusal(
-                RefusalCode.APPROVAL,
+                RefusalCode.DENIED if proposed.decision == "denied" else RefusalCode.APPROVAL,
                 f"run {instruction.run_id} is {proposed.decision}: `fedcanvas client runs` shows what it asks for",
             )
 

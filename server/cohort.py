@@ -8,7 +8,9 @@ while `federation.fewest-sites` can still answer, and stops with the reason when
     not waited for a site that is not there, once enough have answered; one that still owes an answer to an earlier
                    round is asked nothing before that has come, too late to be summed
     asked again    the very same instruction (a site answers it with the same bytes, uncharged): a site that was not
-                   reachable, one that had not approved the run yet; in later rounds also one that refused otherwise
+                   reachable, one that had not approved the run yet; in later rounds also one that refused otherwise.
+                   And one that is silent for much longer than it took before, or since the engine was lost: Flower
+                   hands a message out once, so what breaks while it is handed out is lost
 
 Between institutions nodes come and go, and before anyone has answered there is no deadline: people there have to
 approve the run first. In a simulation all nodes are there from the start, and what failed once would fail again.
@@ -48,6 +50,7 @@ POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 15.0  # Ray takes some ten to start
 LOOK_SECONDS = 1.0  # between looks at which nodes are there
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 5.0, 30.0  # before a site is asked the same again; doubles
+SILENT_SECONDS, MOST_OF_DEADLINE, MOST_OF_USUAL = 60.0, 0.25, 3.0  # before a silent site is asked the same again
 AGAIN_ROUNDS = 10  # before a site that refused for good is asked once more: its people may have mended it
 NEVER = 10**9  # as a round
 MOST_SECONDS_ON_THE_WAY = 86_400.0  # of a message
@@ -67,7 +70,8 @@ REFUSALS = {
     RefusalCode.CONFIG: "the settings are not valid there",
     RefusalCode.PLAN: "its own plan cannot give the privacy that is asked for",
     RefusalCode.POLICY: "its policy does not allow these settings",
-    RefusalCode.APPROVAL: "nobody there has approved the run yet (`fedcanvas client runs`), or it was denied",
+    RefusalCode.APPROVAL: "nobody there has approved the run yet (`fedcanvas client runs`)",
+    RefusalCode.DENIED: "somebody there has denied the run, or ended it",
     RefusalCode.RELEASE: "its code is mixed from two releases, or is not the one that its policy allows",
     RefusalCode.SITE: "its data or its budget does not allow an answer",
 }
@@ -86,6 +90,10 @@ class Roster(Protocol):
         """Node id to site."""
         ...
 
+    def outages(self) -> int:
+        """How often the engine was lost until now."""
+        ...
+
 
 @dataclass
 class _Member:
@@ -94,7 +102,8 @@ class _Member:
     Attributes:
         site: "" until it has said, where no roster says.
         out_until: the round in which it is asked again after it refused.
-        late: a message that it has not answered in time, and what was asked; nothing more is asked until it has.
+        late: what it has not answered in time; nothing more is asked until it has.
+        took: seconds of its last answer; 0 before the first.
         due: when it may be asked the same once more, on the clock of `time.monotonic`.
         wait: seconds that it was not asked the last time; 0 while it answers.
     """
@@ -102,7 +111,8 @@ class _Member:
     node: int
     site: str = ""
     out_until: int = 0
-    late: tuple[str, RoundInstruction] | None = None
+    late: _Question | None = None
+    took: float = 0.0
     due: float = 0.0
     wait: float = 0.0
 
@@ -113,6 +123,26 @@ class _Member:
     @property
     def name(self) -> str:
         return f"site {self.site}" if self.site else f"node {self.node}"
+
+
+@dataclass
+class _Question:
+    """What a member was asked and has not answered.
+
+    Attributes:
+        names: of the messages that ask it, all the same; any may be answered.
+        at, again: when it was asked first, and when it is again, on the clock of `time.monotonic`.
+        outages: of the engine, when it was asked last.
+        repeated: asked again.
+    """
+
+    member: _Member
+    instruction: RoundInstruction
+    names: set[str]
+    at: float
+    again: float
+    outages: int
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -281,7 +311,7 @@ class _Round:
         if cohort.channel is not None:
             signature = cohort.channel.sign(records_digest(self.content))
             attach_signature(self.content, keys=cohort.channel.statement, signature=signature)
-        self.pending: dict[str, _Member] = {}  # by the message's id
+        self.open: dict[int, _Question] = {}  # by node
         self.answered: set[int] = set()
         self.gone: set[int] = set()  # nodes that cannot answer this round any more
         self.refusals: list[Refusal] = []
@@ -307,9 +337,9 @@ class _Round:
             cohort._check_reachable(self.failure, self.gone)
             cohort._pause(0.0 if arrived else POLL_SECONDS)
         cohort._begun = True
-        for name, member in self.pending.items():
-            member.late = (name, self.instruction)
-            cohort.tell(member.site, "late", self.number)
+        for question in self.open.values():
+            question.member.late = question
+            cohort.tell(question.member.site, "late", self.number)
         return Asked(self.refusals, self.bytes_down, self.bytes_up)
 
     def _answered_sites(self) -> set[str]:
@@ -322,10 +352,10 @@ class _Round:
             return True
         if not self.cohort._begun and self.cohort.roster is not None:
             return len(self.answered) + len(self.gone) >= len(self.cohort.roster.sites())
-        return not self.pending
+        return not self.open
 
     def _end_at_deadline(self) -> None:
-        silent = ", ".join(sorted(member.name for member in self.pending.values()))
+        silent = ", ".join(sorted(question.member.name for question in self.open.values()))
         what = f"round {self.number}: no reply from {silent or 'enough sites'} within"
         what += f" {self.cohort.federation.deadline_seconds:g} s"
         if len(self.answered) < self.cohort.fewest:
@@ -333,12 +363,7 @@ class _Round:
         self.cohort.observer.on_message(f"{what}; the round goes on with {len(self.answered)} sites")
 
     def _push(self, now: float) -> None:
-        asked = {member.node for member in self.pending.values()}
-        due = [
-            member for member in self.cohort._look(now=now)
-            if member.node not in asked | self.answered | self.gone and member.due <= now
-            and member.late is None and not self._is_out(member)
-        ]  # fmt: skip
+        due = [member for member in self.cohort._look(now=now) if self._is_due(member, now)]
         if not due:
             return
         ttl = min(self.cohort.federation.deadline_seconds, MOST_SECONDS_ON_THE_WAY)
@@ -350,13 +375,41 @@ class _Round:
             raise FederationError(f"round {self.number}: the engine did not take the instructions")
         # Pushing names the messages; errors that the engine makes itself carry no node id of the site.
         for name, member in zip(names, due, strict=True):
+            if not name and (question := self.open.get(member.node)) is not None:
+                question.again = now + AGAIN_SECONDS
+                continue
             if not name:  # its node went away in between
                 lost = f"round {self.number}: {member.name}: the engine did not take the instruction"
                 self._failed(member, FederationError(lost))
                 continue
-            self.pending[name] = member
+            self._note_asked(member, name, now)
             self.bytes_down += size_of(self.instruction)
             self.cohort.tell(member.site, "training", self.number)
+
+    def _is_due(self, member: _Member, now: float) -> bool:
+        question = self.open.get(member.node)
+        if question is not None and self.cohort.roster is not None:
+            return now >= question.again or self.cohort.roster.outages() > question.outages
+        if question is not None or member.node in self.answered | self.gone or member.due > now:
+            return False
+        return member.late is None and not self._is_out(member)
+
+    def _note_asked(self, member: _Member, name: str, now: float) -> None:
+        cohort, question = self.cohort, self.open.get(member.node)
+        outages = cohort.roster.outages() if cohort.roster is not None else 0
+        if question is None:
+            usual = MOST_OF_USUAL * member.took or MOST_OF_DEADLINE * cohort.federation.deadline_seconds
+            again = now + max(SILENT_SECONDS, usual)
+            self.open[member.node] = _Question(member, self.instruction, {name}, now, again, outages)
+            return
+        silent = now - question.at
+        cohort.observer.on_message(
+            f"round {self.number}: {member.name} is silent for {silent:.0f} s: it is asked the same again"
+        )
+        question.names.add(name)
+        question.repeated = True
+        # Twice as long as until now: it may only be slow.
+        question.again, question.outages = max(question.again, now + 2 * silent), outages
 
     def _is_out(self, member: _Member) -> bool:
         if member.out_until <= self.number:
@@ -366,22 +419,30 @@ class _Round:
 
     def _pull(self) -> bool:
         """Whether anything came."""
-        late = {
-            member.late[0]: member for member in self.cohort.members.values()
+        late = [
+            member.late for member in self.cohort.members.values()
             if member.late is not None and (self.cohort.roster is None or member.node in self.cohort._online)
-        }  # fmt: skip
-        arrived = self.cohort.mailbox.arrived({*self.pending, *late})
+        ]  # fmt: skip
+        waiting = {name: question for question in (*self.open.values(), *late) for name in question.names}
+        arrived = self.cohort.mailbox.arrived(waiting)
         for name, came in arrived:
-            if (member := late.pop(name, None)) is not None:
-                self._take_late(came, member)
-            elif name in self.pending:  # else a second answer
-                self._take(came, self.pending.pop(name))
+            question = waiting[name]
+            if name not in question.names:
+                continue  # a second answer
+            question.names.discard(name)
+            if question.names and isinstance(came, Message) and came.has_error():
+                continue  # the same was asked by another message, which may be answered
+            question.names.clear()
+            if question.member.late is question:
+                self._take_late(came, question)
+            else:
+                self._take(came, self.open.pop(question.member.node))
         return bool(arrived)
 
-    def _take_late(self, came: Message | ProtocolError, member: _Member) -> None:
+    def _take_late(self, came: Message | ProtocolError, question: _Question) -> None:
         """What it says of the site's ledger is kept; it is not summed."""
-        assert member.late is not None
-        instruction, member.late = member.late[1], None
+        member, instruction = question.member, question.instruction
+        member.late = None
         said = f"{member.name} answered round {instruction.server_round} too late: ignored"
         try:
             answer = self._read(came, member, instruction)
@@ -398,7 +459,8 @@ class _Round:
             raise ProtocolError(f"round {instruction.server_round}: {member.name}: {came.message}")
         return self.cohort.read(came, member, instruction)
 
-    def _take(self, came: Message | ProtocolError, member: _Member) -> None:
+    def _take(self, came: Message | ProtocolError, question: _Question) -> None:
+        member = question.member
         try:
             answer = self._read(came, member, self.instruction)
             if isinstance(answer, SiteReply):
@@ -407,6 +469,8 @@ class _Round:
                 self.bytes_up += len(answer.envelope)
                 self.answered.add(member.node)
                 member.wait = 0.0
+                if not question.repeated:
+                    member.took = time.monotonic() - question.at
                 self.cohort.tell(member.site, "answered", self.number)
                 return
         except FederationError as error:

@@ -63,6 +63,7 @@ class LiveRoster:
     def __init__(self, federation: FederationFolder, runtime: Runtime) -> None:
         self.federation, self.runtime = federation, runtime
         self.trouble = "not looked yet"  # "" when the SuperLink answered the last time
+        self._outages = 0
         self._seen: dict[str, SeenSite] = {}
         self._refused: dict[bytes, str] = {}  # node keys that Flower will not have, and why
         self._lock, self._ending = threading.Lock(), threading.Event()
@@ -84,6 +85,10 @@ class LiveRoster:
         """Node to site."""
         with self._lock:
             return {about.node: site for site, about in self._seen.items() if about.online}
+
+    def outages(self) -> int:
+        """How often the SuperLink was lost."""
+        return self._outages
 
     def tell(self, site: str, state: str, server_round: int, *, run: str) -> None:
         """Notes what a site does for a run."""
@@ -110,6 +115,7 @@ class LiveRoster:
 
     def _note_trouble(self, error: Exception) -> None:
         words = str(error) or type(error).__name__
+        self._outages += not self.trouble
         if words != self.trouble:
             print(f"roster: {type(error).__name__}: {words}", flush=True)  # once, not every second
         self.trouble = words
@@ -167,6 +173,9 @@ class RunRoster:
 
     def online(self) -> dict[int, str]:
         return {node: site for node, site in self._live.online().items() if site in self._sites}
+
+    def outages(self) -> int:
+        return self._live.outages()
 
 
 def read_seen(folder: Path) -> dict[str, Any]:

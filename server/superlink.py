@@ -39,7 +39,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from shared.app_bundle import bundle_content, bundle_digest
-from shared.flower_runtime import Runtime, WorkSource
+from shared.flower_runtime import Runtime, WorkSource, loopback_retries
 
 TAKE_SECONDS = 60.0  # a run that was started is handed out at once
 POLL_SECONDS = 0.2
@@ -117,6 +117,7 @@ class SuperLink:
             run = self._control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
             ending.callback(_quietly, lambda: self._control.StopRun(StopRunRequest(run_id=run)))
             grid = HttpGrid(self.runtime.address, root_certificates=self.runtime.authority, token=self._take())
+            grid._retry_invoker = loopback_retries()
             client = grid._runtime_client
             ending.callback(client.close)
             guarded = _WhileItLasts(client)

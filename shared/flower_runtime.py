@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, constant, make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from shared.disk import write_whole
@@ -46,6 +47,7 @@ ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "NO_PROXY": "localhost,127.0.0.1",
     "no_proxy": "localhost,127.0.0.1",
 }  # fmt: skip
+RETRY_SECONDS = 1.0
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 
 
@@ -114,7 +116,7 @@ class Runtime:
         """For one piece of work; `program` is the one of Flower's that would do it."""
         return self.client(
             [RuntimeVersionHttpInterceptor(component_name=program), RuntimeTokenHttpInterceptor(token)],
-            retry=make_simple_http_retry_invoker(),
+            retry=loopback_retries(),
         )
 
 
@@ -142,6 +144,17 @@ class WorkSource:
     def _take(self) -> str | None:
         found: AcquireTaskResponse = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._kind]))
         return found.token if found.HasField("task") and found.token else None
+
+
+def loopback_retries() -> RetryInvoker:
+    """For as long as the other end, a process of this machine, is being started again.
+
+    Flower's own wait up to 20 s, and threads that share them wait one after another.
+    """
+    retries = make_simple_http_retry_invoker()
+    retries.wait_gen_factory, retries.wait_function = lambda: constant(RETRY_SECONDS), time.sleep
+    retries.on_backoff = None  # it logs every try
+    return retries
 
 
 def is_free(port: int) -> bool:

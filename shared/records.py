@@ -73,7 +73,8 @@ class RefusalCode(StrEnum):
     CONFIG = "config"  # the settings do not validate, or are not those of the digest
     PLAN = "plan"  # the site's own plan cannot give the privacy that is asked for
     POLICY = "policy"  # the site's policy does not allow these settings, whatever its data are
-    APPROVAL = "approval"  # a person at the site has not approved the run, or has denied it
+    APPROVAL = "approval"  # no person at the site has decided about the run yet
+    DENIED = "denied"  # a person at the site has denied the run, or ended it
     RELEASE = "release"  # the site's code is mixed from two releases
     SITE = "site"
 

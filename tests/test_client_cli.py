@@ -592,8 +592,8 @@ def test_leaving_a_federation_closes_its_runs_and_denies_its_proposals(
     assert "known: simulation" in printed(capsys, "ledger", "klinik", "--leave-federation", "other", code=2)
     left = as_json(capsys, "ledger", "klinik", "--leave-federation", "simulation", "--reason", "contract ended")
     assert left == {"federation": "simulation", "closed": ["one", "two"], "denied": ["three"]}
-    assert ask(site, toy_config(CHEAP), run_id="one", server_round=3) == RefusalCode.APPROVAL
-    assert ask(site, config, run_id="three") == RefusalCode.APPROVAL
+    assert ask(site, toy_config(CHEAP), run_id="one", server_round=3) == RefusalCode.DENIED
+    assert ask(site, config, run_id="three") == RefusalCode.DENIED
     states = {row["run"]: row["state"] for row in as_json(capsys, "runs", "klinik")["runs"]}
     assert states == {"one": "closed", "two": "closed", "three": "denied"}
     printed(capsys, "ledger", "klinik", "--leave-federation", "simulation", code=2)
@@ -649,15 +649,15 @@ def test_a_denied_run_gets_no_answer_and_one_that_has_begun_is_closed(
     config = toy_config(CHEAP)
     assert ask(site, config, run_id="new") == RefusalCode.APPROVAL
     printed(capsys, "deny", "klinik", "new")
-    assert ask(site, config, run_id="new") == RefusalCode.APPROVAL
+    assert ask(site, config, run_id="new") == RefusalCode.DENIED
     assert as_json(capsys, "deny", "klinik", "one", "--reason", "the ethics board said no") == {
         "run": "one", "decision": "denied", "closed": True,
     }  # fmt: skip
-    assert ask(site, config, run_id="one", server_round=3) == RefusalCode.APPROVAL
+    assert ask(site, config, run_id="one", server_round=3) == RefusalCode.DENIED
     entry = json.loads((site / "lineages/of-site-0/ledger.jsonl").read_text().splitlines()[-1])
     assert (entry["kind"], entry["run"], entry["reason"]) == ("closed", "one", "the ethics board said no")
     assert "is closed already" in printed(capsys, "deny", "klinik", "one", code=2)
-    assert ask(site, config, run_id="one", server_round=3) == RefusalCode.APPROVAL
+    assert ask(site, config, run_id="one", server_round=3) == RefusalCode.DENIED
 
 
 def test_a_run_that_was_never_proposed_is_named_with_those_that_were(

@@ -36,6 +36,7 @@ class Sites:
     there: set[int]
     admitted: set[str] = field(default_factory=set)
     names: dict[int, str] = field(default_factory=dict)  # of nodes that are not called after their number
+    lost: int = 0  # how often the engine was
 
     def sites(self) -> set[str]:
         return self.admitted or {self.names.get(node, name(node)) for node in self.answers}
@@ -43,6 +44,9 @@ class Sites:
     def online(self) -> dict[int, str]:
         found = {node: self.names.get(node, name(node)) for node in self.there}
         return {node: site for node, site in found.items() if site in self.sites()}
+
+    def outages(self) -> int:
+        return self.lost
 
 
 def name(node: int) -> str:
@@ -260,6 +264,72 @@ def test_a_site_without_approval_is_asked_the_very_same_again_until_it_has() -> 
     of_three = [content for (node, _), content in zip(run.grid.asked, run.grid.contents, strict=True) if node == 3]
     assert len(of_three) == 4
     assert all(content is of_three[0] for content in of_three)  # not one byte of it is another
+
+
+def test_a_site_that_denied_is_not_asked_again_and_again_and_the_reason_is_told() -> None:
+    run = Rounds(Sites(three(n3=refuses(3, RefusalCode.DENIED)), {1, 2, 3}), fewest_sites=3)
+    with pytest.raises(FederationError, match=r"site-3 refused with code 'denied': somebody there has denied"):
+        run.round()  # nobody has answered before, and there is no deadline
+    assert [node for node, _ in run.grid.asked if node == 3] == [3]
+    assert ("site-3", "refused: denied") in run.states
+
+
+def test_a_question_that_was_lost_with_the_engine_is_asked_again_and_one_answer_counts() -> None:
+    answers_of_three = iter([None, *[reply(3)] * 2])
+    run = Rounds(Sites(three(n3=lambda times: next(answers_of_three)), {1, 2, 3})).begun()
+
+    def lose(answer: SiteReply) -> None:
+        run.sites.lost = 1
+
+    assert run.round(add=lose) == ALL
+    of_three = [content for (node, _), content in zip(run.grid.asked, run.grid.contents, strict=True) if node == 3]
+    assert len(of_three) == 2
+    assert of_three[0] is of_three[1]
+    run.grid.speak(3, reply(3))  # the first was not lost after all
+    assert run.round(2) == ALL
+    assert sorted(run.noted) == sorted([*ALL, *ALL])
+
+
+@pytest.mark.parametrize("first", ["an answer", "an error of the engine"])
+def test_a_site_that_is_silent_for_long_is_asked_again_and_may_answer_either_question(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for constant in ("SILENT_SECONDS", "MOST_OF_DEADLINE", "MOST_OF_USUAL"):
+        monkeypatch.setattr(server.cohort, constant, 0.0)
+    run = Rounds(Sites(three(n3=silence), {1, 2, 3})).begun()
+
+    def speak() -> bool:
+        if len(run.grid.silent) == 2:
+            one, other = run.grid.silent
+            if first == "an answer":
+                run.grid._waiting[one] = replying(run.grid.silent[one], reply(3))
+            else:  # of the first question, which is no answer to the second
+                run.grid._waiting[one] = replying(run.grid.silent[one], Error(3))
+                run.grid._waiting[other] = replying(run.grid.silent[other], reply(3))
+            run.grid.silent.clear()
+        return False
+
+    run.stopped = speak
+    assert run.round() == ALL
+    assert ("site-3", "failed") not in run.states
+    assert any("site-3 is silent for" in text for text in run.told.messages)
+
+
+def test_a_slow_site_is_asked_again_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.cohort, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(server.cohort, "MOST_OF_DEADLINE", 0.05)
+    run = Rounds(Sites(three(n3=silence), {1, 2, 3}), deadline_seconds=1.0).begun()
+    assert run.round() == ["site-1", "site-2"]
+    assert 3 <= len([node for node, _ in run.grid.asked if node == 3]) <= 4  # at 0, .05, .15 and .45 s
+    # What it was asked is answered late by any of its answers, and only then it is asked more.
+    assert run.round(2) == ["site-1", "site-2"]
+    run.grid.speak(3, reply(3))
+    for server_round in range(3, 100):
+        run.round(server_round)
+        if (3, str(server_round)) in run.grid.asked:
+            break
+    assert {asked for node, asked in run.grid.asked if node == 3} == {"1", str(server_round)}
+    assert len([text for text in run.told.messages if "too late" in text]) == 1
 
 
 def test_before_anybody_has_answered_there_is_no_deadline() -> None:

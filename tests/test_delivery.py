@@ -630,6 +630,9 @@ class Roster:
     def online(self) -> dict[int, str]:
         return self.there
 
+    def outages(self) -> int:
+        return 0
+
 
 def queued(folder: Path, name: str = "spring", *, sites: tuple[str, ...] = ("site-0", "site-1")) -> QueuedRun:
     return RunQueue(folder).add(name, config=TRAINED, prompts=PROMPTS.texts, sites=list(sites))

@@ -674,8 +674,8 @@ def test_before_a_person_approves_nothing_is_read_and_nothing_reserved(site: Pat
     account.decide("run", "approved")
     reply_of(site, round_of(1))
     account.decide("run", "denied")  # and a person may change her mind
-    assert code_of(site, round_of(2)) == RefusalCode.APPROVAL
-    assert code_of(site, round_of(1)) == RefusalCode.APPROVAL
+    assert code_of(site, round_of(2)) == RefusalCode.DENIED
+    assert code_of(site, round_of(1)) == RefusalCode.DENIED
     assert len(entries(site, "charge")) == 1
 
 

@@ -111,7 +111,7 @@ def test_a_refusal_holds_a_code_and_no_text():
         "refusal": {"version": 2, "site-id": "site-0", "code": "site"}
     }
     assert [code.value for code in RefusalCode] == [
-        "message", "config", "plan", "policy", "approval", "release", "site",
+        "message", "config", "plan", "policy", "approval", "denied", "release", "site",
     ]  # fmt: skip
 
 
