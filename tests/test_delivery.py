@@ -681,7 +681,7 @@ def test_a_trained_model_comes_to_every_site_that_took_part_when_it_is_there_and
     assert (status["delivered"], status["undelivered"]) == (["site-0", "site-1"], {})
     written = json.loads((run.path / "delivered.json").read_text())
     assert {site: answer["code"] for site, answer in written.items()} == dict.fromkeys(("site-0", "site-1"), "received")
-    assert said == ["spring: site site-0 has the model", "spring: site site-1 has the model"]
+    assert sorted(said) == ["spring: site site-0 has the model", "spring: site site-1 has the model"]
 
 
 class Scene:
@@ -796,14 +796,14 @@ def test_a_refusal_an_error_and_what_is_no_answer_are_told_and_tried_again(scene
     assert scene.deliver()
     status = run_status(scene.queue["spring"], scene.queue)
     assert (status["delivered"], status["undelivered"]) == ([], {"site-1": "policy", "site-2": ""})
-    assert scene.said == [
+    assert sorted(scene.said) == [  # either may be the first
         "spring: site site-1 refused the model with code 'policy'; its own log says more",
         "spring: site site-2 did not confirm the model: its node is not reachable",
     ]
     scene.says.update({1: b"received", 2: b"whatever"})
     scene.now += 61
     assert scene.deliver()
-    assert "is no answer to a model" in scene.said[-1]
+    assert any("is no answer to a model" in line for line in scene.said[2:])
     status = run_status(scene.queue["spring"], scene.queue)
     assert (status["delivered"], status["undelivered"]) == (["site-1"], {"site-2": ""})
 
