@@ -1,10 +1,11 @@
-"""Container files and firewall rules: hardened as docs/deploy.md says, calling commands that exist; nothing is run."""
+"""Container files: hardened as docs/deploy.md says, calling commands that exist, not run. Firewall rules: loaded."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -35,6 +36,7 @@ SERVICE_KEYS = {
 }  # fmt: skip
 BUILD_KEYS = {"args", "context", "dockerfile", "labels", "network", "platforms", "pull", "secrets", "tags", "target"}
 HEALTH_KEYS = {"disable", "interval", "retries", "start_interval", "start_period", "test", "timeout"}
+NAMESPACES = ["--map-root-user", "--net", "--mount", "--"]
 VOLUME_KEYS = {"bind", "read_only", "source", "target", "tmpfs", "type", "volume"}
 
 
@@ -206,9 +208,41 @@ def test_the_firewall_limits_the_servers_port_and_opens_nothing() -> None:
     assert "flush" not in code
 
 
-def test_the_rule_about_local_users_is_whole_once_it_is_activated() -> None:
+def activated() -> tuple[str, str]:
+    """The block about local users as it is written, and without the comment signs."""
     *_, block = re.findall(r"(?:^    # .*\n)+", NFT, flags=re.MULTILINE)
-    code = re.sub(r"^    # ", "    ", block, flags=re.MULTILINE)
+    return block, re.sub(r"^    # ", "    ", block, flags=re.MULTILINE)
+
+
+def test_the_rule_about_local_users_is_whole_once_it_is_activated() -> None:
+    _, code = activated()
     assert code.count("{") == code.count("}")
     assert "type filter hook output" in code  # where the kernel still knows whose packet it is: nft(8), meta skuid
     assert re.search(r'oifname "lo" tcp dport \d+ meta skuid != \{ root, fedcanvas \} .*reject', code)
+
+
+def can_load_rules() -> bool:
+    if not shutil.which("nft") or not shutil.which("ip"):
+        return False
+    return subprocess.run(["unshare", *NAMESPACES, "nft", "list", "tables"], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_load_rules(), reason="needs nftables")
+def test_the_kernel_drops_what_the_rules_forbid_and_nothing_else(tmp_path: Path) -> None:
+    commented, code = activated()
+    code = code.replace("{ root, fedcanvas }", "{ root }")  # a user of that name may not be here
+    (tmp_path / "local.nft").write_text(NFT.replace(commented, code))
+    rules = [str(PACKAGING / "nftables/fedcanvas.nft"), str(tmp_path / "local.nft")]  # the second replaces the first
+    scene = [sys.executable, str(ROOT / "tests/firewalled_server.py"), *rules]
+    done = subprocess.run(["unshare", *NAMESPACES, *scene], check=True, capture_output=True, text=True, timeout=120)
+    found = json.loads(done.stdout)
+    assert found.pop("runtime, another user", 0) == 0
+    # A token comes a second while it is tried.
+    assert 60 <= found.pop("one after another") <= 70
+    assert 60 <= found.pop("of one network, one after another") <= 70
+    assert found.pop("of the same network") <= 3
+    assert found == {
+        "without rules": 80, "at once": 32, "from another address": 5, "of another network": 5, "over loopback": 80,
+        "runtime, the server's user": 5,
+    }  # fmt: skip
