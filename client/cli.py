@@ -251,7 +251,9 @@ def join(
     """Join the federation whose KIT its operator sent, with a new site in SITE_DIR or one that is there.
 
     Asks whether the fingerprint is the one that the operator tells you another way, makes the site's own keys, which
-    never leave it, and writes SITE_DIR/request.json for the operator. Nothing is sent by itself.
+    never leave it, and writes SITE_DIR/request.json for the operator. Nothing is sent by itself. Where the environment
+    names a file FEDCANVAS_PASSPHRASE_FILE, its first line encrypts the signing key; then it has to name it for
+    `client start`, `doctor` and `leave` as well.
     """
     from client.joining import join as join_federation
     from client.network import also_trust as trust_too

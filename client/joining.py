@@ -16,7 +16,7 @@ from shared.disk import write_whole
 from shared.errors import TrustError
 from shared.protection.channel import NEWEST
 from shared.protection.federation import AggregatorKeys, SiteKeys
-from shared.protection.keys import SigningKey, read_node_key, write_node_key
+from shared.protection.keys import SigningKey, passphrase_at_hand, read_node_key, write_node_key
 from shared.protection.kit import Kit
 
 AUTHORITY = "keys/federation-authority.crt"
@@ -47,7 +47,7 @@ def join(folder: Path, kit: Kit, *, site_id: str) -> Joined:
             hint="a site has one federation: make another site for this one, on the same lineage",
         )
     if not (folder / SIGNING).exists():
-        SigningKey.generate().write(folder / SIGNING)
+        SigningKey.generate().write(folder / SIGNING, passphrase=passphrase_at_hand())
     if not (folder / NODE).exists():
         write_node_key(folder / NODE)
     signing = SigningKey.read(folder / SIGNING)

@@ -10,7 +10,8 @@
     revoked/SITE-N.json      admissions that were ended; no key in them counts again, wherever it stands
     lock                     held while something is changed
 
-Private keys are 0600, and but for TLS's never replaced. The folder comes about whole or not at all.
+Private keys are 0600, and but for TLS's never replaced. The identity may have a passphrase of its own, the
+aggregator's keys that of the environment (`shared.protection.keys`). The folder comes about whole or not at all.
 Not here: processes (`server.deployment`) and runs (`server.rounds`).
 """
 
@@ -35,7 +36,7 @@ from shared.protection.certificates import (
 )
 from shared.protection.channel import AggregatorChannel
 from shared.protection.federation import KEYS_DAYS, NAME, SITE_NAME, AggregatorKeys, Federation, SiteKeys
-from shared.protection.keys import OpeningKey, SigningKey, VerifyKey
+from shared.protection.keys import OpeningKey, SigningKey, VerifyKey, passphrase_at_hand
 from shared.protection.kit import Kit, write_kit
 
 FEDERATION, KEYS = "federation.json", "aggregator-keys.json"
@@ -135,11 +136,11 @@ class FederationFolder:
             return self.keys
 
     def _new_keys(self, identity: SigningKey, *, serial: int) -> None:
-        signing, opening = SigningKey.generate(), OpeningKey.generate()
+        signing, opening, passphrase = SigningKey.generate(), OpeningKey.generate(), passphrase_at_hand()
         for path in (self._signing(serial), self._opening(serial)):
             path.unlink(missing_ok=True)  # of a rotation that was cut off before its statement came about
-        signing.write(self._signing(serial))
-        opening.write(self._opening(serial))
+        signing.write(self._signing(serial), passphrase=passphrase)
+        opening.write(self._opening(serial), passphrase=passphrase)
         now = datetime.now(UTC).replace(microsecond=0)
         keys = AggregatorKeys(
             self.federation.name, serial, signing.public, opening.public, now, now + timedelta(days=KEYS_DAYS)

@@ -47,7 +47,9 @@ def init(
 ) -> None:
     """Begin a federation in DIR: its identity, its certificate authority, and the aggregator's first keys.
 
-    Keep a copy of DIR/keys offline: whoever has identity.pem can admit sites, and without it none can be.
+    Keep a copy of DIR/keys offline: whoever has identity.pem can admit sites, and without it none can be. The
+    aggregator's keys, which work every day, have the passphrase of the file that FEDCANVAS_PASSPHRASE_FILE names in
+    the environment, if it does; then it has to name it for `server start` and `rotate` as well.
     """
     from server.federation import FederationFolder
 
@@ -157,13 +159,6 @@ def _open(folder: Path) -> FederationFolder:
 
 
 def _passphrase(file: Path | None) -> bytes | None:
-    """The file's first line: on a command line or in the environment other processes could read it."""
-    if file is None:
-        return None
-    try:
-        line = file.read_bytes().split(b"\n", 1)[0].rstrip(b"\r")
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from None
-    if not line:
-        raise UsageError(f"the first line of {file} is empty", hint="it is the passphrase")
-    return line
+    from shared.protection.keys import read_passphrase
+
+    return None if file is None else read_passphrase(file)

@@ -32,8 +32,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedFederation]:
-    with DeployedFederation(tmp_path_factory.mktemp("federation")) as made:
-        yield made
+    folder = tmp_path_factory.mktemp("federation")
+    (folder / "secret.txt").write_text("correct horse\n")
+    (folder / "secret.txt").chmod(0o600)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FEDCANVAS_PASSPHRASE_FILE", str(folder / "secret.txt"))
+        with DeployedFederation(folder) as made:
+            assert b"ENCRYPTED" in (made.folder / "keys/aggregator-1-opening.pem").read_bytes()
+            assert b"ENCRYPTED" in (made.sites[0] / "keys/signing.pem").read_bytes()
+            yield made
 
 
 def epsilon_of_gaussians(sigma: float, count: int, delta: float) -> float:

@@ -112,6 +112,9 @@ def test_a_site_that_is_there_joins_and_one_of_another_name_does_not(
 
 def test_a_passphrase_comes_from_a_file_and_stands_nowhere_else(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "secret.txt").write_text("correct horse\nsecond line\n")
+    (here / "secret.txt").chmod(0o604)
+    assert "everybody on this machine can read secret.txt" in refused(capsys, *INIT, "--passphrase-file", "secret.txt")
+    (here / "secret.txt").chmod(0o600)
     printed(capsys, *INIT, "--passphrase-file", "secret.txt")
     printed(capsys, *KIT)
     printed(capsys, *JOIN, *SITE, "--yes")

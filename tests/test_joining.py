@@ -19,6 +19,7 @@ from toy_federation import make_sites, toy_policy
 
 import client.worker
 from client.joining import Joined, join
+from client.membership import open_channel
 from client.site import forget_site
 from server.cohort import opened
 from server.federation import CERTIFICATE, CERTIFICATE_KEY, FederationFolder, split_address
@@ -355,6 +356,31 @@ def test_an_identity_with_a_passphrase_is_asked_for_only_to_sign_statements(tmp_
     operator.admit(asked, passphrase=b"correct horse")
     forget_site(site)
     assert isinstance(answer(operator, site, 1), SiteReply)
+
+
+def test_with_a_passphrase_at_hand_neither_end_has_a_key_in_clear(
+    tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("correct horse\n")
+    secret.chmod(0o600)
+    monkeypatch.setenv("FEDCANVAS_PASSPHRASE_FILE", str(secret))
+    operator = FederationFolder.create(
+        tmp_path / "locked", name="simulation", address="localhost:9443", passphrase=b"battery staple"
+    )
+    asked = operator.read_request(joined(operator, site).request.read_bytes(), what="the request")
+    operator.admit(asked, passphrase=b"battery staple")
+    forget_site(site)
+    assert isinstance(answer(operator, site, 1), SiteReply)
+    operator.rotate(passphrase=b"battery staple")
+    assert isinstance(answer(operator, site, 2), SiteReply)
+    for path in (site / "keys/signing.pem", *operator.path.glob("keys/*.pem")):
+        assert ("server.pem" in path.name) or b"ENCRYPTED" in path.read_bytes()
+    monkeypatch.delenv("FEDCANVAS_PASSPHRASE_FILE")
+    with pytest.raises(TrustError, match=r"passphrase of the key .*aggregator-2-signing.* is missing"):
+        operator.channel()
+    with pytest.raises(TrustError, match=r"passphrase of the key .*signing\.pem is missing"):
+        open_channel(site, "site-0")
 
 
 def test_what_somebody_wrote_into_the_roster_makes_no_site(operator: FederationFolder, site: Path) -> None:

@@ -35,6 +35,7 @@ from shared.protection.keys import (
     VerifyKey,
     fingerprint,
     from_base64,
+    passphrase_at_hand,
     read_node_key,
     to_base64,
     write_node_key,
@@ -276,6 +277,42 @@ def test_a_key_file_is_read_back_by_its_owner_alone(
     path.chmod(0o640)
     with pytest.raises(TrustError, match=r"can be read by others .*640"):
         kind.read(path, passphrase=passphrase)
+
+
+@pytest.mark.parametrize("kind", [SigningKey, OpeningKey])
+def test_keys_in_daily_use_have_the_passphrase_of_the_file_that_the_environment_names(
+    kind: type[SigningKey] | type[OpeningKey], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert passphrase_at_hand() is None
+    secret, path = tmp_path / "secret.txt", tmp_path / "a.pem"
+    secret.write_bytes(b"correct horse\r\nsecond line\n")
+    secret.chmod(0o640)
+    monkeypatch.setenv("FEDCANVAS_PASSPHRASE_FILE", str(secret))
+    assert passphrase_at_hand() == b"correct horse"
+    key = kind.generate()
+    key.write(path, passphrase=passphrase_at_hand())
+    assert kind.read(path).public == key.public
+    kind.generate().write(tmp_path / "b.pem")
+    kind.read(tmp_path / "b.pem")  # one without goes on as it is
+    if kind is SigningKey:  # openssl, which is not ours, opens it with these words and without them does not
+        for words, code in ((b"correct horse", 0), (b"second line", 1)):
+            command = ["openssl", "pkey", "-in", str(path), "-passin", "stdin", "-noout"]
+            assert subprocess.run(command, input=words, capture_output=True).returncode == code
+    for content, mode, said in (
+        ("another\n", 0o600, "is wrong"), ("\n", 0o600, "the first line of .* is empty"),
+        ("correct horse\n", 0o604, "everybody on this machine can read"),
+    ):  # fmt: skip
+        secret.write_text(content)
+        secret.chmod(mode)
+        with pytest.raises(TrustError, match=rf"the passphrase of the key .*a\.pem.*{said}"):
+            kind.read(path)
+    secret.unlink()
+    with pytest.raises(TrustError, match=r"secret\.txt cannot be read: No such file"):
+        kind.read(path)
+    monkeypatch.delenv("FEDCANVAS_PASSPHRASE_FILE")
+    with pytest.raises(TrustError, match="is missing") as refused:
+        kind.read(path)
+    assert "FEDCANVAS_PASSPHRASE_FILE in the environment" in str(refused.value.hint)
 
 
 def test_no_private_file_is_read_that_others_can_read(authority: Path) -> None:

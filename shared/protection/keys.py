@@ -5,6 +5,8 @@
 
 A private key file is PEM (PKCS #8), one block for each part, mode 0600, with a passphrase where one is given. It is
 written whole or not at all and never replaced. Public keys are raw bytes, base64 in JSON.
+Keys that are needed while rounds run (a site's, the aggregator's) have the passphrase in the file that the environment
+names (FEDCANVAS_PASSPHRASE_FILE): who has a disk or a backup alone then has no key.
 Sources: RFC 8032 (Ed25519), RFC 7748 (X25519), FIPS 203 (ML-KEM), RFC 9180 (HPKE), RFC 7468 (PEM).
 The key of a Flower node is Flower's kind, and is only made and read here.
 Not here: keys of TLS (`shared.protection.certificates`).
@@ -34,12 +36,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey, MLKEM768X25519PublicKey
 
 from shared.disk import fsync_folder
-from shared.errors import TrustError
+from shared.errors import TrustError, UsageError
 
 SIGNATURE_BYTES, SIGNING_BYTES = 64, 32
 MLKEM_BYTES, X25519_BYTES = 1184, 32
 SEALING_BYTES = MLKEM_BYTES + X25519_BYTES
 MOST_KEY_BYTES = 2**16
+PASSPHRASE_FILE = "FEDCANVAS_PASSPHRASE_FILE"
 GROUPS = 6  # of four letters of a fingerprint, 5 bits each: 120 bits, out of reach of a search for a second preimage
 _BLOCK = re.compile(rb"-----BEGIN [A-Z ]+-----.+?-----END [A-Z ]+-----\s*", re.DOTALL)
 
@@ -93,7 +96,12 @@ class SigningKey:
 
     @classmethod
     def read(cls, path: Path, *, passphrase: bytes | None = None) -> Self:
-        """Raises `TrustError` when it is missing, damaged, readable by others, or needs another passphrase."""
+        """
+        Args:
+            passphrase: `None` for that of the environment, where the key has one.
+        Raises:
+            TrustError: it is missing, damaged, readable by others, or needs another passphrase.
+        """
         return cls(_only(_read_keys(path, (Ed25519PrivateKey,), passphrase)))
 
     def write(self, path: Path, *, passphrase: bytes | None = None) -> None:
@@ -157,6 +165,31 @@ class OpeningKey:
 
     def hpke(self) -> MLKEM768X25519PrivateKey:
         return MLKEM768X25519PrivateKey(self._mlkem, self._x25519)
+
+
+def read_passphrase(file: Path) -> bytes:
+    """The first line: on a command line or in the environment itself other processes could read it.
+
+    Raises:
+        UsageError: it cannot be read, is empty, or everybody on this machine can read it.
+    """
+    try:
+        # Not its group: systemd hands out credentials by an access list, which shows as such.
+        exposed = file.stat().st_mode & stat.S_IRWXO
+        line = file.read_bytes().split(b"\n", 1)[0].rstrip(b"\r")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from None
+    if exposed:
+        raise UsageError(f"everybody on this machine can read {file}", hint=f"chmod 600 {file}")
+    if not line:
+        raise UsageError(f"the first line of {file} is empty", hint="it is the passphrase")
+    return line
+
+
+def passphrase_at_hand() -> bytes | None:
+    """Of the file that the environment names; `None` where it names none; raises as `read_passphrase` does."""
+    name = os.environ.get(PASSPHRASE_FILE)
+    return read_passphrase(Path(name)) if name else None
 
 
 def write_node_key(path: Path) -> None:
@@ -296,11 +329,19 @@ def _read_keys(path: Path, kinds: Sequence[type], passphrase: bytes | None) -> l
         raise TrustError(f"{path} holds no private key of the kind that is wanted")
     keys = []
     for block, kind in zip(blocks, kinds, strict=True):
-        key = None
+        key, is_encrypted = None, b"ENCRYPTED" in block.splitlines()[0]
+        if is_encrypted and passphrase is None:
+            try:
+                passphrase = passphrase_at_hand()
+            except UsageError as error:
+                raise TrustError(f"the passphrase of the key {path}: {error.message}", hint=error.hint) from None
         with contextlib.suppress(ValueError, TypeError):
-            key = serialization.load_pem_private_key(block, passphrase)
-        if key is None and b"ENCRYPTED" in block.splitlines()[0]:
-            raise TrustError(f"the passphrase of the key {path} is {'wrong' if passphrase else 'missing'}")
+            key = serialization.load_pem_private_key(block, passphrase if is_encrypted else None)
+        if key is None and is_encrypted:
+            raise TrustError(
+                f"the passphrase of the key {path} is {'wrong' if passphrase else 'missing'}",
+                hint=f"a file has it in its first line: --passphrase-file, or {PASSPHRASE_FILE} in the environment",
+            )
         if not isinstance(key, kind):
             raise TrustError(f"{path} holds no private key of the kind that is wanted")
         keys.append(key)
