@@ -3,7 +3,7 @@
     python benchmarks/deployed_rounds.py OUT [--rounds 100] [--local-steps 8] [--slot-seconds 0] [--records 2000]
 
 A server and three sites as processes over TLS on loopback (`simulations.rehearsal`), the demo's model, no warm start.
-Prints a table of seconds a round and of resident memory after the tenth and the last round, and writes OUT/rounds.json.
+Prints a table of seconds a round and of resident memory over the rounds, and writes OUT/rounds.json.
 The baseline of an exchange is the same round in this process: `fedcanvas simulate` with the same settings.
 """
 
@@ -65,15 +65,13 @@ def main() -> None:
     given.out.mkdir(parents=True)
     rehearsal = Rehearsal(given.out, settings=settings, records=given.records, slot_seconds=given.slot_seconds)
     rehearsal.begin()
-    early: dict[str, float] = {}
+    sizes: dict[int, dict[str, float]] = {}  # by the round that was done last
     with rehearsal.started():
         rehearsal.type("server", "run", "server", f"{RUN}.toml")
         rehearsal.approve(rehearsal.ask("server", "runs", "server")["runs"][0]["run_id"])
         began = time.monotonic()
         while (about := rehearsal.ask("server", "runs", "server")["runs"][0])["state"] in ("waiting", "running"):
-            if not early and about["rounds_done"] >= 10:
-                early = memory(given.out)
-            late = memory(given.out)
+            sizes[about["rounds_done"]] = memory(given.out)
             time.sleep(10)  # each look is a process of its own
         seconds = time.monotonic() - began
     lines = (given.out / "server/runs" / RUN / "timings.jsonl").read_text().splitlines()
@@ -83,7 +81,7 @@ def main() -> None:
         "state": about["state"], "rounds": about["rounds_done"], "seconds": seconds,
         "median": statistics.median(taken), "p90": taken[int(0.9 * len(taken))], "most": taken[-1],
         "bytes_down": rounds[-1]["bytes_down"], "bytes_up": rounds[-1]["bytes_up"],
-        "memory_early": early, "memory_late": late,
+        "memory": sizes,
     }  # fmt: skip
     (given.out / "rounds.json").write_text(json.dumps(found, indent=2) + "\n")
     print(
@@ -91,9 +89,11 @@ def main() -> None:
         f" p90 {found['p90']:.2f} s, most {found['most']:.2f} s; {found['bytes_down']:,} bytes down,"
         f" {found['bytes_up']:,} up"
     )
-    print(f"{'resident memory, MB':<24}{'round 10':>10}{'last':>10}")
-    for name, size in late.items():
-        print(f"{name:<24}{early.get(name, float('nan')):>10.0f}{size:>10.0f}")
+    done = list(sizes)
+    shown = [min(done, key=lambda one: abs(one - part * given.rounds)) for part in (0.1, 0.25, 0.5, 0.75, 1.0)]
+    print(f"{'resident memory, MB':<22}" + "".join(f"{f'round {one}':>11}" for one in shown))
+    for name in sizes[done[-1]]:
+        print(f"{name:<22}" + "".join(f"{sizes[one].get(name, float('nan')):>11.0f}" for one in shown))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def programs(site_dir: Path) -> list[Program]:
         "FLWR_LOG_LEVEL": "INFO",
     }  # fmt: skip
     node = [
-        str(Path(sys.executable).with_name("flower-supernode")), "--superlink", federation.address,
+        sys.executable, "-P", "-m", "client.node", "--superlink", federation.address,
         "--root-certificates", str(write_trusted(site_dir)), "--auth-supernode-private-key", str(site_dir / NODE),
         *runtime.options(site_dir), "--node-config", f"site-dir='{site_dir}'",
     ]  # fmt: skip

@@ -8,7 +8,8 @@ SuperExec then unpacks the bundle that the coordinator shipped and imports the a
     FOLDER/keys/runtime-*.crt, .key   its own certificate, and the authority that signed it and nothing else
     FOLDER/keys/runtime-secret        whoever knows it may take work
 
-Uses parts of Flower 1.41 that are not public; they are imported here, in `client.worker` and in `server.worker` alone.
+Uses parts of Flower 1.41 that are not public; they are imported here, in `client.worker`, `client.node`,
+`server.worker`, `server.superlink` and `server.mailbox` alone.
 """
 
 from __future__ import annotations
@@ -151,9 +152,22 @@ def loopback_retries() -> RetryInvoker:
 
     Flower's own wait up to 20 s, and threads that share them wait one after another.
     """
-    retries = make_simple_http_retry_invoker()
+    retries = outlive_broken_tls(make_simple_http_retry_invoker())
     retries.wait_gen_factory, retries.wait_function = lambda: constant(RETRY_SECONDS), time.sleep
     retries.on_backoff = None  # it logs every try
+    return retries
+
+
+def outlive_broken_tls(retries: RetryInvoker) -> RetryInvoker:
+    """The same, which also tries again after a connection broke within TLS, unless a certificate was the reason."""
+    gives_up = retries.should_giveup
+
+    def should_give_up(error: Exception) -> bool:
+        if isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower():
+            return False
+        return gives_up is not None and gives_up(error)
+
+    retries.should_giveup = should_give_up
     return retries
 
 

@@ -55,19 +55,21 @@ class Wire:
             down = threading.Thread(target=self._copy, args=(there, here, False), daemon=True)
             down.start()
             self._copy(here, there, True)
-            for end in (here, there):
-                end.shutdown(socket.SHUT_RDWR)
             down.join()
 
     def _copy(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        """Until either end is gone; then so is the other."""
         passed = 0
         with contextlib.suppress(OSError):
             while content := source.recv(1024):
                 passed += len(content)
                 if up and self.cut_after and passed > self.cut_after:
                     self.cut_after, self.cuts = 0, self.cuts + 1
-                    return
+                    break
                 sink.sendall(content)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 class DeployedFederation:

@@ -181,7 +181,9 @@ def test_everything_may_be_killed_and_no_spend_is_under_counted(deployed: Deploy
     for site in deployed.sites:
         charges, commits = charged(deployed, site, name), committed(deployed, site, name)
         # Every answer that may have left was charged before; a charge without its commit counts as spent.
-        assert len(charges) >= len(commits) >= len(set(commits)) >= rounds - 3
+        assert len(charges) >= len(commits) >= len(set(commits))
+        # A killed site misses the round that it was in, and those that the others do until its node is let in again.
+        assert set(commits) >= set(range(1, 4)) | ({*range(4, rounds + 1)} if site == deployed.sites[2] else set())
         (reserved,) = (one for one in deployed.entries(site) if one["kind"] == "run" and one["run"] == name)
         plan = reserved["plan"]
         last = [one for one in deployed.entries(site) if one["kind"] == "commit" and one["run"] == name][-1]

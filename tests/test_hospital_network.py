@@ -38,7 +38,8 @@ RECORDER = """
 import json, os, sys
 NAMED = {"socket.connect": 1, "socket.sendto": 1, "socket.sendmsg": 1, "socket.getaddrinfo": 0,
          "socket.gethostbyname": 0}
-PROGRAM = "worker" if "client.worker" in sys.orig_argv else "".join(sys.orig_argv[1:2]).rpartition("/")[2]
+OURS = [name for name in ("worker", "node") if f"client.{name}" in sys.orig_argv]
+PROGRAM = OURS[0] if OURS else "".join(sys.orig_argv[1:2]).rpartition("/")[2]
 def note(event, arguments):
     if event in NAMED:
         line = json.dumps([PROGRAM, event, arguments[NAMED[event]]], default=repr) + "\\n"
@@ -109,7 +110,7 @@ def test_behind_a_proxy_a_site_answers_and_calls_the_proxy_and_nothing_else(
     found = calls(tmp_path / "calls")
     reached = {(program, where) for program, event, where in found if event == "socket.connect"}
     (worker,) = (where for program, where in reached if program == "worker")
-    assert reached == {("flower-supernode", ("127.0.0.1", proxy.port)), ("worker", worker)}
+    assert reached == {("node", ("127.0.0.1", proxy.port)), ("worker", worker)}
     assert worker[0] == "127.0.0.1"
     assert worker[1] == int((made.site / "run/runtime-address").read_text().rpartition(":")[2])
     # No name is looked up but this machine's own number, and nothing is sent without a connection.

@@ -45,9 +45,9 @@ LEVELS = {
 # A library that is slow to load, or that has to be trusted, is met in one place.
 PLACES = {
     "flwr": {
-        "client.app", "client.worker", "server.app", "server.cohort", "server.delivery", "server.mailbox",
-        "server.superlink",
-        "server.worker", "shared.app_bundle", "shared.flower_runtime", "shared.records", "simulations.engines",
+        "client.app", "client.node", "client.worker", "server.app", "server.cohort", "server.delivery",
+        "server.mailbox", "server.superlink", "server.worker", "shared.app_bundle", "shared.flower_runtime",
+        "shared.records", "simulations.engines",
     },
     "ray": {"simulations.engines"},
     "opacus": {"shared.privacy"},
