@@ -6,11 +6,12 @@ while `federation.fewest-sites` can still answer, and stops with the reason when
     a round ends   when every site that is there has answered (federation.cohort = "all"), or as soon as enough have
                    ("first"); at federation.deadline-seconds with those that have, if they are enough
     not waited for a site that is not there, once enough have answered; one that still owes an answer to an earlier
-                   round is asked nothing before that has come, too late to be summed
+                   round is asked nothing before that has come, too late to be summed, or was given up: when the site
+                   has been away since, or after another deadline, and twice as long each time
     asked again    the very same instruction (a site answers it with the same bytes, uncharged): a site that was not
                    reachable, one that had not approved the run yet; in later rounds also one that refused otherwise.
-                   And one that is silent for much longer than it took before, or since the engine was lost: Flower
-                   hands a message out once, so what breaks while it is handed out is lost
+                   And one that is silent for much longer than it took before, has been away, or since the engine was
+                   lost: Flower hands a message out once, so what breaks while it is handed out is lost
 
 Between institutions nodes come and go, and before anyone has answered there is no deadline: people there have to
 approve the run first. In a simulation all nodes are there from the start, and what failed once would fail again.
@@ -51,6 +52,7 @@ PATIENCE_SECONDS = 15.0  # Ray takes some ten to start
 LOOK_SECONDS = 1.0  # between looks at which nodes are there
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 5.0, 30.0  # before a site is asked the same again; doubles
 SILENT_SECONDS, MOST_OF_DEADLINE, MOST_OF_USUAL = 60.0, 0.25, 3.0  # before a silent site is asked the same again
+MOST_DOUBLINGS = 10  # of the time after which a late answer is given up
 AGAIN_ROUNDS = 10  # before a site that refused for good is asked once more: its people may have mended it
 NEVER = 10**9  # as a round
 MOST_SECONDS_ON_THE_WAY = 86_400.0  # of a message
@@ -103,6 +105,8 @@ class _Member:
         site: "" until it has said, where no roster says.
         out_until: the round in which it is asked again after it refused.
         late: what it has not answered in time; nothing more is asked until it has.
+        missed: questions in a row that it did not answer in time.
+        absences: how often its node was there no more.
         took: seconds of its last answer; 0 before the first.
         due: when it may be asked the same once more, on the clock of `time.monotonic`.
         wait: seconds that it was not asked the last time; 0 while it answers.
@@ -112,6 +116,8 @@ class _Member:
     site: str = ""
     out_until: int = 0
     late: _Question | None = None
+    missed: int = 0
+    absences: int = 0
     took: float = 0.0
     due: float = 0.0
     wait: float = 0.0
@@ -132,8 +138,9 @@ class _Question:
     Attributes:
         names: of the messages that ask it, all the same; any may be answered.
         at, again: when it was asked first, and when it is again, on the clock of `time.monotonic`.
-        outages: of the engine, when it was asked last.
+        outages, absences: of the engine, and of its node, when it was asked last.
         repeated: asked again.
+        until: when it is given up, once it is late; as `at`.
     """
 
     member: _Member
@@ -142,7 +149,9 @@ class _Question:
     at: float
     again: float
     outages: int
+    absences: int
     repeated: bool = False
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -238,7 +247,9 @@ class Cohort:
                 self.members.setdefault(node, _Member(node))
             return list(self.members.values())
         if at_once or now - self._looked > LOOK_SECONDS:
-            self._looked, self._online = now, self.roster.online()
+            before, self._looked, self._online = self._online, now, self.roster.online()
+            for node in before.keys() - self._online.keys():
+                self.members[node].absences += 1
             for node, site in self._online.items():
                 # A site that was admitted again with other keys has another node: what the old one did is not its.
                 self.members.setdefault(node, _Member(node, site))
@@ -338,7 +349,8 @@ class _Round:
             cohort._pause(0.0 if arrived else POLL_SECONDS)
         cohort._begun = True
         for question in self.open.values():
-            question.member.late = question
+            question.until = time.monotonic() + deadline * 2 ** min(question.member.missed, MOST_DOUBLINGS)
+            question.member.late, question.member.missed = question, question.member.missed + 1
             cohort.tell(question.member.site, "late", self.number)
         return Asked(self.refusals, self.bytes_down, self.bytes_up)
 
@@ -389,7 +401,8 @@ class _Round:
     def _is_due(self, member: _Member, now: float) -> bool:
         question = self.open.get(member.node)
         if question is not None and self.cohort.roster is not None:
-            return now >= question.again or self.cohort.roster.outages() > question.outages
+            lost = self.cohort.roster.outages() > question.outages or member.absences > question.absences
+            return lost or now >= question.again
         if question is not None or member.node in self.answered | self.gone or member.due > now:
             return False
         return member.late is None and not self._is_out(member)
@@ -400,7 +413,9 @@ class _Round:
         if question is None:
             usual = MOST_OF_USUAL * member.took or MOST_OF_DEADLINE * cohort.federation.deadline_seconds
             again = now + max(SILENT_SECONDS, usual)
-            self.open[member.node] = _Question(member, self.instruction, {name}, now, again, outages)
+            self.open[member.node] = _Question(
+                member, self.instruction, {name}, now, again, outages, member.absences
+            )
             return
         silent = now - question.at
         cohort.observer.on_message(
@@ -409,7 +424,8 @@ class _Round:
         question.names.add(name)
         question.repeated = True
         # Twice as long as until now: it may only be slow.
-        question.again, question.outages = max(question.again, now + 2 * silent), outages
+        question.again = max(question.again, now + 2 * silent)
+        question.outages, question.absences = outages, member.absences
 
     def _is_out(self, member: _Member) -> bool:
         if member.out_until <= self.number:
@@ -419,10 +435,7 @@ class _Round:
 
     def _pull(self) -> bool:
         """Whether anything came."""
-        late = [
-            member.late for member in self.cohort.members.values()
-            if member.late is not None and (self.cohort.roster is None or member.node in self.cohort._online)
-        ]  # fmt: skip
+        late = self._late(time.monotonic())
         waiting = {name: question for question in (*self.open.values(), *late) for name in question.names}
         arrived = self.cohort.mailbox.arrived(waiting)
         for name, came in arrived:
@@ -439,10 +452,25 @@ class _Round:
                 self._take(came, self.open.pop(question.member.node))
         return bool(arrived)
 
+    def _late(self, now: float) -> list[_Question]:
+        """What sites that are there owe from earlier rounds."""
+        found, roster = [], self.cohort.roster
+        for member in self.cohort.members.values():
+            question = member.late
+            if question is None or (roster is not None and member.node not in self.cohort._online):
+                continue
+            if roster is not None and (member.absences > question.absences or now > question.until):
+                member.late = None
+                number = question.instruction.server_round
+                self.cohort.observer.on_message(f"round {number}: {member.name}: its answer is given up")
+                continue
+            found.append(question)
+        return found
+
     def _take_late(self, came: Message | ProtocolError, question: _Question) -> None:
         """What it says of the site's ledger is kept; it is not summed."""
         member, instruction = question.member, question.instruction
-        member.late = None
+        member.late, member.missed = None, 0
         said = f"{member.name} answered round {instruction.server_round} too late: ignored"
         try:
             answer = self._read(came, member, instruction)
@@ -468,7 +496,7 @@ class _Round:
                 self.add(answer)
                 self.bytes_up += len(answer.envelope)
                 self.answered.add(member.node)
-                member.wait = 0.0
+                member.wait, member.missed = 0.0, 0
                 if not question.repeated:
                     member.took = time.monotonic() - question.at
                 self.cohort.tell(member.site, "answered", self.number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -330,6 +331,46 @@ def test_a_slow_site_is_asked_again_less_and_less_often(monkeypatch: pytest.Monk
             break
     assert {asked for node, asked in run.grid.asked if node == 3} == {"1", str(server_round)}
     assert len([text for text in run.told.messages if "too late" in text]) == 1
+
+
+def test_a_site_that_was_away_in_a_round_is_asked_again_when_it_is_back() -> None:
+    answers_of_three = iter([None, reply(3)])
+    run = Rounds(Sites(three(n3=lambda times: next(answers_of_three)), {1, 2, 3})).begun()
+    looks = iter([{1, 2, 3}] * 5 + [{1, 2}] * 5)
+    run.stopped = lambda: bool(run.sites.there.clear() or run.sites.there.update(next(looks, {1, 2, 3})))
+    assert run.round() == ALL
+    assert [node for node, _ in run.grid.asked if node == 3] == [3, 3]
+
+
+def test_what_a_site_owes_is_given_up_when_it_has_been_away_and_it_is_asked_anew() -> None:
+    answers_of_three = iter([None, reply(3, 3)])
+    run = Rounds(Sites(three(n3=lambda times: next(answers_of_three)), {1, 2, 3}), deadline_seconds=0.3).begun()
+    assert run.round(1) == ["site-1", "site-2"]
+    run.sites.there.discard(3)
+    assert run.round(2) == ["site-1", "site-2"]
+    run.sites.there.add(3)
+    for server_round in range(3, 20):
+        if "site-3" in run.round(server_round):
+            break
+    given_up = [text for text in run.told.messages if "given up" in text]
+    assert given_up == ["round 1: site site-3: its answer is given up"]
+    assert len([node for node, _ in run.grid.asked if node == 3]) == 2
+
+
+def test_what_a_silent_site_owes_is_given_up_later_and_later() -> None:
+    run = Rounds(Sites(three(n3=silence), {1, 2, 3}), deadline_seconds=0.2).begun()
+    began, asked = time.monotonic(), []
+    for server_round in range(1, 10_000):
+        run.round(server_round)
+        if len(times := [number for node, number in run.grid.asked if node == 3]) > len(asked):
+            asked.append((time.monotonic() - began, times[-1]))
+        if len(asked) == 4:
+            break
+        time.sleep(0.01)
+    after = [later[0] - earlier[0] for earlier, later in itertools.pairwise(asked)]
+    assert after[0] > 0.35  # a deadline in the round, another after it
+    assert after[1] > 0.55
+    assert after[2] > 0.95
 
 
 def test_before_anybody_has_answered_there_is_no_deadline() -> None:
