@@ -12,9 +12,8 @@ Uses parts of Flower 1.41 that are not public.
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 
+from flwr.supercore import log
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli import flower_supernode
@@ -22,6 +21,7 @@ from flwr.supernode.cli import flower_supernode
 from shared.flower_runtime import outlive_broken_tls
 
 ENDED = 1  # exit code
+ERROR = 40  # a level of Flower's log
 
 
 def node_retries() -> RetryInvoker:
@@ -35,14 +35,12 @@ def main() -> None:
     code: object = ENDED
     try:
         flower_supernode()  # comes back only when its loop has ended
-        print("the node's loop has ended", flush=True)
+        log(ERROR, "the node's loop has ended")
     except SystemExit as end:
         code = end.code
     except BaseException:
-        traceback.print_exc()
+        log(ERROR, "the node's loop has ended", exc_info=True)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         # Threads of Flower's would go on.
         os._exit(code if isinstance(code, int) else 0 if code is None else ENDED)
 

@@ -23,9 +23,11 @@ CALLS = {
 }  # fmt: skip
 # Ways out of a process that a site has no use for. `client.app` alone makes messages of Flower's, and `client.worker`
 # carries them, which it cannot make. `client.doctor`, a command of a person at the site, tries the way to the server,
-# and `client.network` reads certificates; no process that answers messages loads the former.
+# and `client.network` reads certificates; no process that answers messages loads the former. `client.node` is Flower's
+# own node, which carries what is sealed and has no records.
 IMPORTS = {
-    "flwr": {"client.app", "client.worker"}, "typer": {"client.cli", "client.deployment_cli"}, "rich": set(),
+    "flwr": {"client.app", "client.node", "client.worker"}, "rich": set(),
+    "typer": {"client.cli", "client.deployment_cli"},
     "ssl": {"client.doctor", "client.network"}, "socket": {"client.doctor"}, "http": {"client.doctor"},
     "urllib": set(), "urllib3": set(), "requests": set(), "httpx": set(), "aiohttp": set(),
     "asyncio": set(),
