@@ -534,7 +534,7 @@ def deny(
         _print_json({"run": run, "decision": "denied", "closed": begun is not None})
         return
     if begun is None:
-        _print([f"run {run} is denied: its federation gets a refusal and no reason"])
+        _print([f"run {run} is denied: its federation gets the word `denied`, and no reason"])
     else:
         price = begun.price.epsilon
         _print([f"run {run} is closed: no more of it leaves. Its epsilon of {price:.4g} stays reserved."])

@@ -14,23 +14,35 @@ from __future__ import annotations
 import os
 
 from flwr.supercore import log
-from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, RetryState, make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli import flower_supernode
 
 from shared.flower_runtime import outlive_broken_tls
 
 ENDED = 1  # exit code
-ERROR = 40  # a level of Flower's log
+ERROR, WARNING = 40, 30  # levels of Flower's log
 
 
 def node_retries() -> RetryInvoker:
-    """Flower's own, which wait longer and longer, up to 20 s."""
-    return outlive_broken_tls(make_simple_http_retry_invoker())
+    """Flower's own, which wait longer and longer, up to 20 s; a new reason for waiting is logged."""
+    retries, last = outlive_broken_tls(make_simple_http_retry_invoker()), [""]
+    goes_on = retries.on_backoff
+
+    def tell(state: RetryState) -> None:
+        if goes_on is not None:
+            goes_on(state)
+        if (words := str(state.exception)) != last[0]:
+            last[0] = words
+            log(WARNING, "The connection failed: %s", words)
+
+    retries.on_backoff = tell
+    return retries
 
 
 def main() -> None:
     """Until SIGTERM; the options are those of `flower-supernode`."""
+    assert "make_simple_http_retry_invoker" in vars(fleet_http_connection)
     vars(fleet_http_connection)["make_simple_http_retry_invoker"] = node_retries
     code: object = ENDED
     try:

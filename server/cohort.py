@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flwr.app import Message
@@ -55,7 +55,7 @@ SILENT_SECONDS, MOST_OF_DEADLINE, MOST_OF_USUAL = 30.0, 0.25, 3.0  # before a si
 MOST_DOUBLINGS = 10  # of the time after which a late answer is given up
 AGAIN_ROUNDS = 10  # before a site that refused for good is asked once more: its people may have mended it
 NEVER = 10**9  # as a round
-MOST_SECONDS_ON_THE_WAY = 86_400.0  # of a message
+SECONDS_ON_THE_WAY = 86_400.0  # that a message may take
 
 # Flower's own error codes (flwr.common.constant.ErrorCode); the text beside them is not shown: it may quote data.
 ENGINE_ERRORS = {
@@ -107,7 +107,7 @@ class _Member:
         late: what it has not answered in time; nothing more is asked until it has.
         missed: questions in a row that it did not answer in time.
         absences: how often its node was there no more.
-        took: seconds of its last answer; 0 before the first.
+        took: seconds of its last answer, by the kind of message; longest so far where it was asked repeatedly.
         due: when it may be asked the same once more, on the clock of `time.monotonic`.
         wait: seconds that it was not asked the last time; 0 while it answers.
     """
@@ -118,7 +118,7 @@ class _Member:
     late: _Question | None = None
     missed: int = 0
     absences: int = 0
-    took: float = 0.0
+    took: dict[str, float] = field(default_factory=dict)
     due: float = 0.0
     wait: float = 0.0
 
@@ -190,7 +190,7 @@ class Cohort:
         self.members: dict[int, _Member] = {}
         self.mailbox: Mailbox = OneByOne(grid) if roster is None else Apart(grid)
         self._begun = begun
-        self._looked, self._online = 0.0, dict[int, str]()  # when the roster was asked, and what it said
+        self._looked, self._online, self._outages = 0.0, dict[int, str](), 0  # when the roster was asked; what it said
 
     def wait(self) -> None:
         """Until enough nodes are there, once; without a roster exactly `federation.sites` of them.
@@ -248,8 +248,9 @@ class Cohort:
             return list(self.members.values())
         if at_once or now - self._looked > LOOK_SECONDS:
             before, self._looked, self._online = self._online, now, self.roster.online()
-            for node in before.keys() - self._online.keys():
-                self.members[node].absences += 1
+            outages, self._outages = self._outages, self.roster.outages()
+            for node in before.keys() - self._online.keys() if outages == self._outages else ():
+                self.members[node].absences += 1  # where the engine was lost nobody knows who was there
             for node, site in self._online.items():
                 # A site that was admitted again with other keys has another node: what the old one did is not its.
                 self.members.setdefault(node, _Member(node, site))
@@ -335,7 +336,7 @@ class _Round:
         until = time.monotonic() + lasts
         while not self._is_over():
             now = time.monotonic()
-            if until == float("inf") and len(self.answered) >= cohort.fewest:
+            if until == float("inf") and len(self._answered_sites()) >= cohort.fewest:
                 until = now + deadline  # enough are there: the others have as long as in any round
                 missing = ", ".join(sorted(cohort.roster.sites() - self._answered_sites())) if cohort.roster else ""
                 if missing:
@@ -358,29 +359,33 @@ class _Round:
         return {self.cohort.members[node].site for node in self.answered}
 
     def _is_over(self) -> bool:
-        if len(self.answered) < self.cohort.fewest:
+        answered = self._answered_sites()
+        if len(answered) < self.cohort.fewest:
             return False
         if self.cohort.federation.cohort == "first":
             return True
         if not self.cohort._begun and self.cohort.roster is not None:
-            return len(self.answered) + len(self.gone) >= len(self.cohort.roster.sites())
+            gone = {self.cohort.members[node].site for node in self.gone}
+            return answered | gone >= self.cohort.roster.sites()
         return not self.open
 
     def _end_at_deadline(self) -> None:
         silent = ", ".join(sorted(question.member.name for question in self.open.values()))
         what = f"round {self.number}: no reply from {silent or 'enough sites'} within"
         what += f" {self.cohort.federation.deadline_seconds:g} s"
-        if len(self.answered) < self.cohort.fewest:
+        if len(self._answered_sites()) < self.cohort.fewest:
             raise FederationError(what, hint="see the site's own log, then go on with the run")
-        self.cohort.observer.on_message(f"{what}; the round goes on with {len(self.answered)} sites")
+        self.cohort.observer.on_message(f"{what}; the round goes on with {len(self._answered_sites())} sites")
 
     def _push(self, now: float) -> None:
         due = [member for member in self.cohort._look(now=now) if self._is_due(member, now)]
         if not due:
             return
-        ttl = min(self.cohort.federation.deadline_seconds, MOST_SECONDS_ON_THE_WAY)
+        outages = self._outages()  # before: pushing waits for an engine that is lost meanwhile
+        # Longer than the deadline: what comes late still comes, and says that the site is not at work on it any more.
         messages = [
-            Message(self.content, member.node, self.kind, group_id=str(self.number), ttl=ttl) for member in due
+            Message(self.content, member.node, self.kind, group_id=str(self.number), ttl=SECONDS_ON_THE_WAY)
+            for member in due
         ]
         names = list(self.cohort.grid.push_messages(messages))
         if len(names) != len(due):
@@ -388,30 +393,35 @@ class _Round:
         # Pushing names the messages; errors that the engine makes itself carry no node id of the site.
         for name, member in zip(names, due, strict=True):
             if not name and (question := self.open.get(member.node)) is not None:
-                question.again = now + AGAIN_SECONDS
+                question.again, question.outages, question.absences = now + AGAIN_SECONDS, outages, member.absences
                 continue
             if not name:  # its node went away in between
                 lost = f"round {self.number}: {member.name}: the engine did not take the instruction"
                 self._failed(member, FederationError(lost))
                 continue
-            self._note_asked(member, name, now)
+            self._note_asked(member, name, now, outages)
             self.bytes_down += size_of(self.instruction)
             self.cohort.tell(member.site, "training", self.number)
+
+    def _outages(self) -> int:
+        return self.cohort.roster.outages() if self.cohort.roster is not None else 0
 
     def _is_due(self, member: _Member, now: float) -> bool:
         question = self.open.get(member.node)
         if question is not None and self.cohort.roster is not None:
-            lost = self.cohort.roster.outages() > question.outages or member.absences > question.absences
+            lost = self._outages() > question.outages or member.absences > question.absences
             return lost or now >= question.again
         if question is not None or member.node in self.answered | self.gone or member.due > now:
             return False
-        return member.late is None and not self._is_out(member)
+        # A site that was admitted anew has another node, and may have answered by the one before.
+        has_answered = self.cohort.roster is not None and member.site in self._answered_sites()
+        return not has_answered and member.late is None and not self._is_out(member)
 
-    def _note_asked(self, member: _Member, name: str, now: float) -> None:
+    def _note_asked(self, member: _Member, name: str, now: float, outages: int) -> None:
         cohort, question = self.cohort, self.open.get(member.node)
-        outages = cohort.roster.outages() if cohort.roster is not None else 0
         if question is None:
-            usual = MOST_OF_USUAL * member.took or MOST_OF_DEADLINE * cohort.federation.deadline_seconds
+            usual = MOST_OF_USUAL * member.took.get(self.kind, 0.0)
+            usual = usual or MOST_OF_DEADLINE * cohort.federation.deadline_seconds
             again = now + max(SILENT_SECONDS, usual)
             self.open[member.node] = _Question(
                 member, self.instruction, {name}, now, again, outages, member.absences
@@ -470,7 +480,9 @@ class _Round:
     def _take_late(self, came: Message | ProtocolError, question: _Question) -> None:
         """What it says of the site's ledger is kept; it is not summed."""
         member, instruction = question.member, question.instruction
-        member.late, member.missed = None, 0
+        member.late = None
+        if isinstance(came, ProtocolError) or not came.has_error():
+            member.missed = 0  # else it is the engine's word, not the site's
         said = f"{member.name} answered round {instruction.server_round} too late: ignored"
         try:
             answer = self._read(came, member, instruction)
@@ -497,8 +509,9 @@ class _Round:
                 self.bytes_up += len(answer.envelope)
                 self.answered.add(member.node)
                 member.wait, member.missed = 0.0, 0
-                if not question.repeated:
-                    member.took = time.monotonic() - question.at
+                seconds = time.monotonic() - question.at
+                # Which of several was answered is not known: at most this long ago.
+                member.took[self.kind] = max(seconds, member.took.get(self.kind, 0.0)) if question.repeated else seconds
                 self.cohort.tell(member.site, "answered", self.number)
                 return
         except FederationError as error:

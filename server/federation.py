@@ -36,8 +36,16 @@ from shared.protection.certificates import (
 )
 from shared.protection.channel import AggregatorChannel
 from shared.protection.federation import KEYS_DAYS, NAME, SITE_NAME, AggregatorKeys, Federation, SiteKeys
-from shared.protection.keys import OpeningKey, SigningKey, VerifyKey, passphrase_at_hand
+from shared.protection.keys import (
+    PASSPHRASE_FILE,
+    OpeningKey,
+    SigningKey,
+    VerifyKey,
+    passphrase_at_hand,
+    read_private,
+)
 from shared.protection.kit import Kit, write_kit
+from shared.supervisor import is_held
 
 FEDERATION, KEYS = "federation.json", "aggregator-keys.json"
 IDENTITY = "keys/identity.pem"
@@ -127,6 +135,7 @@ class FederationFolder:
         with self._changing():
             identity = SigningKey.read(self.path / IDENTITY, passphrase=passphrase)
             before = self.keys.serial
+            self._check_passphrase(before)
             _issue(self.path, split_address(self.federation.address)[0])  # first: without the authority nothing changes
             self._new_keys(identity, serial=before + 1)
             for serial in range(1, before + 1):  # all: an earlier rotation may have been cut off here
@@ -134,6 +143,22 @@ class FederationFolder:
                 if serial < before:
                     self._opening(serial).unlink(missing_ok=True)
             return self.keys
+
+    def _check_passphrase(self, serial: int) -> None:
+        """That new keys may be written with what the environment says, and that a server at work can read them."""
+        path = self._signing(serial)
+        if b"ENCRYPTED" in read_private(path):
+            if passphrase_at_hand() is None:
+                raise UsageError(
+                    "the aggregator's keys have a passphrase, and new ones would have none",
+                    hint=f"name the file of the passphrase in the environment of this command too: {PASSPHRASE_FILE}",
+                )
+            SigningKey.read(path)  # with the same one, or the server could not open what was sealed to the keys before
+        elif passphrase_at_hand() is not None and is_held(self.path):
+            raise UsageError(
+                "new keys would have a passphrase, and the server was started without one",
+                hint=f"stop the server, rotate, and start it with {PASSPHRASE_FILE} in its environment",
+            )
 
     def _new_keys(self, identity: SigningKey, *, serial: int) -> None:
         signing, opening, passphrase = SigningKey.generate(), OpeningKey.generate(), passphrase_at_hand()

@@ -63,6 +63,7 @@ class ScriptedGrid(Grid):
         self.contents: list[RecordDict] = []
         self._waiting: dict[str, Message] = {}
         self.silent: dict[str, Message] = {}
+        self.ttls: list[float] = []
         self.held: dict[int, Callable[[], bool]] = {}
         self._count = 0
         self._lock = threading.Lock()
@@ -74,6 +75,7 @@ class ScriptedGrid(Grid):
             times = sum(asked == (node, message.metadata.group_id) for asked in self.asked)
             self.asked.append((node, message.metadata.group_id))
             self.contents.append(message.content)
+            self.ttls.append(message.metadata.ttl)
             self._count += 1
             names.append(f"m{self._count}")
             message.metadata.__dict__["_message_id"] = names[-1]
@@ -321,7 +323,7 @@ def test_a_slow_site_is_asked_again_less_and_less_often(monkeypatch: pytest.Monk
     monkeypatch.setattr(server.cohort, "MOST_OF_DEADLINE", 0.05)
     run = Rounds(Sites(three(n3=silence), {1, 2, 3}), deadline_seconds=1.0).begun()
     assert run.round() == ["site-1", "site-2"]
-    assert 3 <= len([node for node, _ in run.grid.asked if node == 3]) <= 4  # at 0, .05, .15 and .45 s
+    assert 2 <= len([node for node, _ in run.grid.asked if node == 3]) <= 4  # 0, .05, .15, .45 s
     # What it was asked is answered late by any of its answers, and only then it is asked more.
     assert run.round(2) == ["site-1", "site-2"]
     run.grid.speak(3, reply(3))
@@ -367,10 +369,87 @@ def test_what_a_silent_site_owes_is_given_up_later_and_later() -> None:
         if len(asked) == 4:
             break
         time.sleep(0.01)
+    assert min(run.grid.ttls) > 1000 * 0.2  # or Flower would end each question at its deadline, with an error
     after = [later[0] - earlier[0] for earlier, later in itertools.pairwise(asked)]
     assert after[0] > 0.35  # a deadline in the round, another after it
     assert after[1] > 0.55
     assert after[2] > 0.95
+
+
+def test_an_error_of_the_engine_for_a_late_answer_is_not_the_site_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Rounds(Sites(three(n3=silence), {1, 2, 3}), deadline_seconds=0.2).begun()
+    run.round(1)
+    (name_of_it,) = run.grid.silent
+    run.grid._waiting[name_of_it] = replying(run.grid.silent.pop(name_of_it), Error(3))
+    for server_round in range(2, 200):
+        run.round(server_round)
+        if len([node for node, _ in run.grid.asked if node == 3]) > 1:
+            break
+    assert run.cohort.members[3].missed == 2  # it has answered nothing yet, and waits longer the next time
+
+
+def test_how_long_a_site_takes_is_learned_from_answers_to_repeated_questions_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server.cohort, "SILENT_SECONDS", 0.05)
+    run = Rounds(Sites(three(), {1, 2, 3})).begun()
+    run.round(1)  # at once
+    since: list[float] = []
+
+    def is_slow() -> bool:
+        since.append(time.monotonic())
+        return time.monotonic() - since[0] > 0.5
+
+    for server_round in (2, 3):
+        since.clear()
+        run.hold(3, until=is_slow)
+        assert run.round(server_round) == ALL
+    times = [[asked for node, asked in run.grid.asked if node == 3].count(number) for number in ("1", "2", "3")]
+    assert times[1] > 1
+    assert times == [1, times[1], 1]
+
+
+def test_a_site_that_is_admitted_anew_in_a_round_that_it_answered_is_not_asked_again() -> None:
+    answers = {1: lambda times: reply(1), 2: silence, 3: lambda times: reply(3), 4: lambda times: reply(1)}
+    run = Rounds(Sites(answers, {1, 2, 3}, names={4: "site-1"}), deadline_seconds=0.5, fewest_sites=2).begun()
+
+    def readmit(answer: SiteReply) -> None:
+        if answer.site_id == "site-1":
+            run.sites.there = {2, 3, 4}
+
+    assert run.round(add=readmit) == ["site-1", "site-3"]
+    assert [node for node, _ in run.grid.asked if node == 4] == []
+
+
+def test_a_repeat_that_the_engine_does_not_take_is_not_tried_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Rounds(Sites(three(n3=silence), {1, 2, 3}), deadline_seconds=0.5).begun()
+    real = run.grid.push_messages
+
+    def push(messages: Iterable[Message]) -> list[str]:
+        listed = list(messages)
+        names = real(listed)
+        return ["" if run.sites.lost and m.metadata.dst_node_id == 3 else n for m, n in zip(listed, names, strict=True)]
+
+    monkeypatch.setattr(run.grid, "push_messages", push)
+    monkeypatch.setattr(server.cohort, "AGAIN_SECONDS", 0.2)
+
+    def lose(answer: SiteReply) -> None:
+        run.sites.lost = 1
+
+    run.round(add=lose)
+    assert len([node for node, _ in run.grid.asked if node == 3]) <= 4
+
+
+def test_where_the_engine_was_lost_nobody_counts_as_having_been_away() -> None:
+    run = Rounds(Sites(three(n3=silence), {1, 2, 3}), deadline_seconds=0.3).begun()
+    run.round(1)
+    run.sites.there.clear()
+    run.sites.lost = 1
+    run.cohort._look(now=time.monotonic(), at_once=True)
+    run.sites.there.update({1, 2, 3})
+    run.cohort._look(now=time.monotonic(), at_once=True)
+    assert [member.absences for member in run.cohort.members.values()] == [0, 0, 0]
+    assert run.cohort.members[3].late is not None
 
 
 def test_before_anybody_has_answered_there_is_no_deadline() -> None:

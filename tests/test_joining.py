@@ -376,11 +376,33 @@ def test_with_a_passphrase_at_hand_neither_end_has_a_key_in_clear(
     assert isinstance(answer(operator, site, 2), SiteReply)
     for path in (site / "keys/signing.pem", *operator.path.glob("keys/*.pem")):
         assert ("server.pem" in path.name) or b"ENCRYPTED" in path.read_bytes()
+    secret.write_text("another\n")
+    with pytest.raises(TrustError, match=r"passphrase of the key .*aggregator-2-signing.* is wrong"):
+        operator.rotate(passphrase=b"battery staple")
     monkeypatch.delenv("FEDCANVAS_PASSPHRASE_FILE")
+    with pytest.raises(UsageError, match="new ones would have none"):
+        operator.rotate(passphrase=b"battery staple")
+    assert operator.keys.serial == 2
     with pytest.raises(TrustError, match=r"passphrase of the key .*aggregator-2-signing.* is missing"):
         operator.channel()
     with pytest.raises(TrustError, match=r"passphrase of the key .*signing\.pem is missing"):
         open_channel(site, "site-0")
+
+
+def test_keys_get_a_passphrase_only_while_no_server_is_started_that_could_not_read_them(
+    operator: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("correct horse\n")
+    secret.chmod(0o600)
+    monkeypatch.setenv("FEDCANVAS_PASSPHRASE_FILE", str(secret))
+    with monkeypatch.context() as patched:
+        patched.setattr("server.federation.is_held", lambda folder: True)
+        with pytest.raises(UsageError, match="was started without one"):
+            operator.rotate()
+    assert operator.rotate().serial == 2
+    assert b"ENCRYPTED" in (operator.path / "keys/aggregator-2-opening.pem").read_bytes()
+    operator.channel()  # what was sealed to the keys before, which have none, is opened too
 
 
 def test_what_somebody_wrote_into_the_roster_makes_no_site(operator: FederationFolder, site: Path) -> None:

@@ -222,6 +222,8 @@ def test_the_rule_about_local_users_is_whole_once_it_is_activated() -> None:
 
 
 def can_load_rules() -> bool:
+    if os.environ.get("CI"):
+        return True  # there it is no excuse
     if not shutil.which("nft") or not shutil.which("ip"):
         return False
     return subprocess.run(["unshare", *NAMESPACES, "nft", "list", "tables"], check=False).returncode == 0
