@@ -274,8 +274,9 @@ def test_a_trusted_institution_is_accepted_told_and_given_to_the_node(
         assert "TLS is opened on the way" in found["certificate"][0].next
         assert states(found)["server"] == "ok"
         # The node is given both, in bytes that Flower reads as ASCII.
-        given = re.findall("BEGIN CERT", Path(programs(site)[0].command[4]).read_bytes().decode("ascii"))
-        assert len(given) == 2
+        command = programs(site)[0].command
+        trusted = Path(command[command.index("--root-certificates") + 1])
+        assert len(re.findall("BEGIN CERT", trusted.read_bytes().decode("ascii"))) == 2
         assert run(["client", "trust", str(site), "--remove"]) == 0
         looked(site, capsys, "--skip-data", code=10)
     assert len(re.findall("BEGIN CERT", write_trusted(site).read_text())) == 1
