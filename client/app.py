@@ -16,7 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.delivery import receive
-from client.gate import SealedCode, Slot, build
+from client.gate import SealedCode, SealedStatement, Slot, build
 from client.membership import open_channel, question_of, question_of_offer, question_unread
 from client.settings import (
     RELEASE_CODE,
@@ -29,6 +29,7 @@ from client.settings import (
     note_code,
 )
 from client.site import Site, open_site
+from client.statement import spend_statement
 from shared.errors import ConfigError, FederationError, ProtocolError, TrustError
 from shared.protection.federation import AggregatorKeys
 from shared.protection.sealed import UNKNOWN
@@ -88,6 +89,7 @@ class _Asked:
     site: Site | None = None
     instruction: RoundInstruction | None = None
     offer: ModelOffer | None = None
+    statement: bytes | None = None  # what goes with the confirmation
     slot: Slot = field(default_factory=Slot)
 
 
@@ -128,9 +130,15 @@ def _receive(records: RecordDict, asked: _Asked, site: Site, keys: AggregatorKey
         asked.offer, folder=site.folder, account=site.account, federation=site.channel.federation.name,
         signed_with=keys.fingerprint,
     )  # fmt: skip
-    site.log(f"the model of run {asked.offer.run_id} is kept")
     with contextlib.suppress(Exception):
         note_code(site.folder, Confirmation.RECEIVED, asked.offer.run_id, 0)
+    try:
+        with site.account.locked():
+            asked.statement = spend_statement(site.folder, site.account.ledger, asked.offer.run_id)
+    except Exception as error:  # the model is here all the same
+        log_exception(site.folder, error)
+    with_it = "; what the run spent here goes back, signed" if asked.statement else ""
+    site.log(f"the model of run {asked.offer.run_id} is kept{with_it}")
     return Confirmation.RECEIVED
 
 
@@ -181,6 +189,9 @@ def _sealed(
             question = question_of_offer(channel, asked.offer.run_id, _digest_of(message))
         else:
             question = question_unread(channel, _digest_of(message))
+        if isinstance(reply, Confirmation) and asked.statement is not None:
+            content = channel.seal("statement", asked.statement, context=question)
+            return build(SealedStatement(question.run, content, len(asked.statement)), site_id=channel.site)
         content = channel.seal("code", code.encode(), context=question)
         return build(SealedCode(question.run or NOT_TOLD, question.server_round, content), site_id=channel.site)
     except Exception as error:

@@ -589,6 +589,30 @@ def ledger(
         _show_ledger(site_dir, config, account, as_json=as_json)
 
 
+@group_command(client, "statement", "what a run spent here, signed, as a file")
+def statement(
+    site_dir: Site,
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The file to write; it must be new.", show_default=False)] = ...,  # type: ignore[assignment]
+    as_json: AsJson = False,
+) -> None:
+    """Write what RUN spent at SITE_DIR, signed with the site's key: each charge, its noise, and the head of all.
+
+    Nothing in it depends on records. It goes to the operator with the site's receipt of the trained model by itself;
+    by hand it is needed where a site takes no models.
+    """
+    from client.statement import spend_statement
+
+    _, account = _open(site_dir)
+    with account.locked():
+        content = spend_statement(site_dir, account.ledger, run)
+    _write(out, content, replace=False)
+    if as_json:
+        _print_json({"run": run, "statement": str(out)})
+        return
+    _print([f"{out}: send it to the operator; it says {account.ledger.runs[run].charges:,} charges and nothing else"])
+
+
 @group_command(client, "receipts", "every message that left, and a page for a data-protection officer")
 def receipts(
     site_dir: Site,

@@ -1,9 +1,10 @@
 """The one function that builds what leaves a site. It fails closed: what is not on the list does not pass.
 
-The list has five entries: a vector of lattice integers whose length is fixed by public settings alone, with the
+The list has six entries: a vector of lattice integers whose length is fixed by public settings alone, with the
 run's head in the site's ledger behind it; the two lattice integers that answer a charged question, with the same; a
-refusal, a code of a fixed list and never a text; the first of these sealed, whose length follows; and a code sealed: a
-refusal's, or the one that says that an offered model was received, all of one length.
+refusal, a code of a fixed list and never a text; the first of these sealed, whose length follows; a code sealed: a
+refusal's, or the one that says that an offered model was received, all of one length; and, with that model's receipt,
+what the site signed about its own spending in that run, which is of its ledger and of no record, sealed.
 `Slot` keeps when it leaves apart from how long the work took. Not here: clipping, noise and the charge; the
 vector that comes in has them behind it.
 """
@@ -31,6 +32,7 @@ from shared.records import (
     pack_envelope,
 )
 
+MOST_STATEMENT_BYTES = 2**20
 QUERY_LENGTH = 2  # numbers of one answer: the right ones and the wrong ones
 
 
@@ -78,6 +80,19 @@ class SealedCode:
 
 
 @dataclass(frozen=True, eq=False)
+class SealedStatement:
+    """What the site signed about its own spending in a run, sealed; nothing in it depends on records.
+
+    Attributes:
+        length: bytes of the statement.
+    """
+
+    run_id: str
+    sealed: bytes
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
 class QueryRelease:
     """What a site would answer to a question that a person there asked (`client.query`).
 
@@ -92,7 +107,7 @@ class QueryRelease:
 
 
 def build(
-    content: Release | QueryRelease | RefusalCode | SealedRelease | SealedCode, *, site_id: str
+    content: Release | QueryRelease | RefusalCode | SealedRelease | SealedCode | SealedStatement, *, site_id: str
 ) -> SiteReply | Refusal:
     """What leaves the site `site_id`.
 
@@ -103,9 +118,9 @@ def build(
         raise ProtocolError("a site id is not 1 to 64 letters, digits, dots, dashes or underscores")
     if isinstance(content, RefusalCode):
         return Refusal(site_id, content)
-    if type(content) not in (Release, QueryRelease, SealedRelease, SealedCode) or not site_id:
+    if type(content) not in (Release, QueryRelease, SealedRelease, SealedCode, SealedStatement) or not site_id:
         raise ProtocolError("neither a release nor a refusal code")
-    if isinstance(content, SealedRelease | SealedCode):
+    if isinstance(content, SealedRelease | SealedCode | SealedStatement):
         return _sealed(content, site_id)
     payload = content.payload
     if isinstance(content, QueryRelease):
@@ -134,9 +149,14 @@ def build(
     )
 
 
-def _sealed(content: SealedRelease | SealedCode, site_id: str) -> SiteReply:
-    if isinstance(content, SealedCode):
-        run_id, server_round, size = content.run_id, content.server_round, CODE_BYTES
+def _sealed(content: SealedRelease | SealedCode | SealedStatement, site_id: str) -> SiteReply:
+    if isinstance(content, SealedCode | SealedStatement):
+        if isinstance(content, SealedCode):
+            run_id, server_round, size = content.run_id, content.server_round, CODE_BYTES
+        else:
+            run_id, server_round, size = content.run_id, 0, content.length
+            if not 0 < size <= MOST_STATEMENT_BYTES:
+                raise ProtocolError("a spend statement is longer than any")
         if not NAME.fullmatch(run_id):
             raise ProtocolError("a run id is not 1 to 64 letters, digits, dots, dashes or underscores")
     else:

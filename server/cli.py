@@ -27,7 +27,10 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", hidden=True)] = None,
     model: Annotated[
         Path,
-        typer.Option(help="A finished run, its folder `model`, or a model that a site received.", show_default=False),
+        typer.Option(
+            help="A released model, a finished run, its folder `model`, or a model that a site received.",
+            show_default=False,
+        ),
     ] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Folder for the pictures; made when it is not there.")] = Path("pictures"),
     prompts_file: Annotated[
@@ -39,20 +42,26 @@ def generate(
         typer.Option(min=1, max=MOST_PICTURES, help="In place of --n: so many in all, each with its own latents."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another seed, other pictures.")] = 0,
+    truncation: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Below 1 pictures are more typical and less varied.")
+    ] = 1.0,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Take a released model that does not verify; its pictures say so.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw pictures of each PROMPT with the model of a finished run.
+    """Draw pictures of each PROMPT with a trained model. A released model is verified first, or refused.
 
-    Writes one PNG a picture, named by prompt and number, and a contact sheet. Picture number i of a prompt depends
+    Writes one PNG a picture, named by prompt and number, and a contact sheet; each file says in its text entries which
+    prompt, seed and model made it, at which epsilon. Picture number i of a prompt depends
     on the seed and i alone: a larger --n only adds to the others. With --total, picture i is of the prompts in
     turn: with the run's own prompts.txt and --seed 1 those that `fedcanvas evaluate` measures.
     """
-    from server.evaluation import pictures
+    from server.generator import Generator, Picture
     from server.sheet import SheetCell, contact_sheet
-    from shared.data.encoding import encode_png
     from shared.disk import write_whole
     from shared.prompts import PromptPool, clean_prompt
-    from shared.rundir import load_model, to_json
+    from shared.rundir import to_json
 
     asked = [clean_prompt(prompt) for prompt in prompts or []]
     if prompts_file is not None:
@@ -64,7 +73,8 @@ def generate(
         raise UsageError(f"--total {total} is fewer than the {len(asked)} prompts", hint="a picture of each at least")
     if total is None and len(asked) * n > MOST_PICTURES:
         raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
-    released = load_model(model)
+    released = Generator.load(model, unverified=unverified)
+    say(released.line)
     known = set(released.prompts)
     unknown = [prompt for prompt in asked if prompt not in known]
     if unknown:
@@ -74,18 +84,21 @@ def generate(
     cells = []
     for place, (prompt, name) in enumerate(zip(asked, _names(asked), strict=True)):
         indices = range(n) if total is None else range(place, total, len(asked))
-        images = pictures(released, [prompt] * len(indices), seed=seed, indices=indices)
+        images = released.arrays(
+            [prompt] * len(indices), seeds=[seed] * len(indices), indices=indices, truncation=truncation
+        )
         files = [out / f"{name}-{index:03d}.png" for index in indices]
-        for file, image in zip(files, images, strict=True):
-            _write(file, encode_png(image))
+        for file, image, index in zip(files, images, indices, strict=True):
+            about = released.about(prompt, seed=seed, index=index, truncation=truncation)
+            _write(file, Picture(image, about).png())
         made.append({"prompt": prompt, "files": [str(file) for file in files]})
         cells.append(SheetCell(prompt, images[:16]))
     sheet = out / "sheet.png"
-    spent = released.card.get("spent")
-    privacy = ""
-    if spent:
-        privacy = f"epsilon {float(spent['epsilon']):.3g} per site, {spent['adjacency']} one {spent['unit']}"
-    write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=[privacy] if privacy else []))
+    privacy = released.privacy
+    notes = [f"epsilon {privacy['epsilon_max']:.3g} per site, {privacy['adjacency']} one {privacy['unit']}"]
+    if released.unverified:
+        notes.insert(0, "NOT VERIFIED: what this model says of itself may be false")
+    write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=notes))
     if as_json:
         result = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}
         typer.echo(to_json(result).decode(), nl=False)

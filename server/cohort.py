@@ -582,6 +582,6 @@ def opened(
         if code not in set(RefusalCode):
             raise ProtocolError("the refusal has an unknown code")
         return Refusal(reply.site_id, RefusalCode(code))
-    if not context.run:
-        raise ProtocolError("a reply answers no instruction")
+    if found.kind != "reply" or not context.run:
+        raise ProtocolError("what is sealed answers no instruction")
     return replace(reply, envelope=found.content)

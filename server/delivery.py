@@ -4,7 +4,8 @@ Signed as an instruction is, and sent over the same relay, under a Flower run th
 site that is not there gets it when it comes; one that refused, failed or was silent is offered it again, later each
 time. Which sites have it stands in the run directory (`delivered.json`): a restart forgets nothing but the waiting.
 
-What a site answers is one sealed code. The model itself can be read by who carries it, as instructions can.
+What a site answers is sealed: a refusal's code, or that it has the model and, signed, what the run spent there, which
+goes into the run directory (`statements/`). The model itself can be read by who carries it, as instructions can.
 Not here: what a site checks before it keeps a model (`client.delivery`).
 """
 
@@ -39,7 +40,8 @@ from shared.records import (
     encode_offer,
     records_digest,
 )
-from shared.rundir import RunDirectory
+from shared.rundir import STATEMENTS, RunDirectory
+from shared.spend import SpendStatement
 
 OFFER_SECONDS, BUSY_SECONDS = 600.0, 60.0  # for an answer; the second while a run waits for its turn
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 60.0, 3600.0  # before a site is offered the same again; doubles
@@ -140,11 +142,14 @@ class Delivery:
         try:
             if isinstance(came, ProtocolError):
                 raise came
-            code = offer.read(came, site)
+            code, statement = offer.read(came, site)
         except FedCanvasError as error:
             self._say(f"{run.name}: site {site} did not confirm the model: {error.message}")
             return
-        RunDirectory.open(run.path).note_delivery(site, code, datetime.now(UTC).isoformat(timespec="seconds"))
+        opened = RunDirectory.open(run.path)
+        if statement:  # first: who has confirmed is not asked again
+            opened.write_bytes(f"{STATEMENTS}/{site}.json", statement)
+        opened.note_delivery(site, code, datetime.now(UTC).isoformat(timespec="seconds"))
         if code == Confirmation.RECEIVED:
             self._left[run.name].discard(site)
             self._say(f"{run.name}: site {site} has the model")
@@ -179,8 +184,8 @@ class SignedOffer:
         attach_signature(content, keys=channel.statement, signature=channel.sign(digest))
         return cls(run_id, content, digest.hex(), channel)
 
-    def read(self, message: Message, site: str) -> Confirmation | RefusalCode:
-        """What the site said to this model, and to no other.
+    def read(self, message: Message, site: str) -> tuple[Confirmation | RefusalCode, bytes]:
+        """What the site said to this model, and to no other; its spend statement, or nothing.
 
         Raises:
             FederationError: the engine answers in its place.
@@ -200,7 +205,13 @@ class SignedOffer:
         found = self.channel.open(reply.envelope, context=context)
         said = found.content.decode("ascii", "replace")
         if found.kind == "code" and said in set(RefusalCode):
-            return RefusalCode(said)
+            return RefusalCode(said), b""
         if found.kind == "code" and said in set(Confirmation) and not unread:
-            return Confirmation(said)
+            return Confirmation(said), b""
+        if found.kind == "statement" and not unread:
+            what = f"the spend statement of site {site}"
+            said_of = SpendStatement.read(found.content, what=what, key=self.channel.sites[site])
+            if (said_of.federation, said_of.site, said_of.run) != (self.channel.federation, site, self.run_id):
+                raise ProtocolError(f"{what} is of another federation, site or run")
+            return Confirmation.RECEIVED, found.content
         raise ProtocolError("what is sealed is no answer to a model")

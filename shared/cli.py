@@ -49,6 +49,8 @@ COMMANDS = {
     "simulate": LazyCommand("simulations.cli:simulate", "train a private federation on this machine, sites and all"),
     "plan": LazyCommand("server.plan_cli:plan", "before anyone joins: what a run costs, whether it can learn"),
     "generate": LazyCommand("server.cli:generate", "pictures from prompts, by the model of a finished run"),
+    "release": LazyCommand("server.release_cli:release", "a finished run as a folder to share, with signed evidence"),
+    "verify": LazyCommand("server.release_cli:verify", "whether a released model is whole, and what it cost"),
     "evaluate": LazyCommand("server.evaluate_cli:evaluate", "figures of a finished run, against public pictures"),
     "compare": LazyCommand("server.evaluate_cli:compare", "evaluated runs side by side: which differences are real"),
     "report": LazyCommand("server.cli:report", "one HTML file about a run: curves, samples, epsilon"),

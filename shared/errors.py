@@ -12,6 +12,7 @@
     |- RunDirectoryError        8   a run or model folder is missing, incomplete or in use
     |- PromptError              9   a prompt is empty, too long, or cannot be encoded
     `- TrustError              10   a key, signature, certificate or sealed message is not what may be trusted
+       `- BundleError          10   a released model was altered, is not whole, or its evidence does not hold
 
 Exit code 0 is success, 130 an interruption by Ctrl-C. The codes are stable: scripts rely on them.
 Not here: invariants that only a bug can break; those are `assert`.
@@ -81,3 +82,7 @@ class PromptError(FedCanvasError):
 
 class TrustError(FedCanvasError):
     exit_code = 10
+
+
+class BundleError(TrustError):
+    pass

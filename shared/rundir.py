@@ -5,6 +5,7 @@
     events.jsonl       public figures of every round; no clock in it, so that equal runs have equal files
     sites.json         heads of the run in the sites' ledgers, as last replies carried them, and who left and why
     delivered.json     between institutions: what each site said to the released model, once it was offered
+    statements/        SITE.json: what each site signed about its own spending (`shared.spend`)
     timings.jsonl      seconds of every round, never compared, never cut
     reference.json     where the public reference set lies on the server, if there is one
     checkpoints/       round-00050.safetensors, the last two
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
-MANIFEST = "run.json"
+MANIFEST, STATEMENTS = "run.json", "statements"
 # What the arithmetic of a run depends on; another version may give other bits.
 PACKAGES = ("torch", "numpy", "opacus", "opencv-python-headless", "flwr", "ray", "safetensors", "transformers")
 
@@ -573,17 +574,11 @@ def load_model(path: Path) -> GeneratorModel:
         raise RunDirectoryError(
             f"no model at {path}", hint="name a run directory, or the folder `model` in one that is finished"
         )
-    from safetensors.torch import load
-
-    from shared.models import build_generator
-    from shared.text import build_encoder
-
     try:
         card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         content = (folder / "generator.safetensors").read_bytes()
         intact = hashlib.sha256(content).hexdigest() == card["files"]["generator.safetensors"]
         config = RunConfig.from_table(card["config"], origin=str(folder / "model.json"))
-        config = config.replaced({"compute.device": "cpu"})  # a picture is the same wherever it is drawn
         prompts, fingerprint = tuple(card["prompts"]), str(card["encoder_fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"the model in {folder} cannot be read: {error}") from None
@@ -592,20 +587,48 @@ def load_model(path: Path) -> GeneratorModel:
             f"{folder / 'generator.safetensors'} is not the file that model.json names",
             hint="copy the folder again, from where it was made",
         )
+    return build_model(
+        content, config=config, prompts=prompts, encoder_fingerprint=fingerprint, card=card, where=str(folder)
+    )
+
+
+def build_model(
+    content: bytes, *, config: RunConfig, prompts: tuple[str, ...], encoder_fingerprint: str, card: dict[str, Any],
+    where: str,
+) -> GeneratorModel:  # fmt: skip
+    """
+    Args:
+        content: safetensors of the generator.
+        where: names the model to a person.
+    Raises:
+        RunDirectoryError: the weights do not fit the settings or are not finite, or the encoder is another one here.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from shared.models import build_generator
+    from shared.text import build_encoder
+
+    config = config.replaced({"compute.device": "cpu"})  # a picture is the same wherever it is drawn
     encoder = build_encoder(config.text)
-    if encoder.fingerprint != fingerprint:
+    if encoder.fingerprint != encoder_fingerprint:
         raise RunDirectoryError(
-            f"the text encoder here is not the one that {folder} was trained with",
-            hint="install the same encoder: text.encoder and text.path in model.json name it",
+            f"the text encoder here is not the one that {where} was trained with",
+            hint="install the same encoder: text.encoder and text.path of its settings name it",
         )
     generator = build_generator(config, embedding_dim=encoder.dim)
-    weights = load(content)
-    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+    try:
+        weights = load(content)
+        finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+        if finite:
+            generator.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        raise RunDirectoryError(f"the weights of {where} are not of the model that its settings make") from error
+    if not finite:
         raise RunDirectoryError(
-            f"{folder / 'generator.safetensors'} holds weights that are not finite: it can draw nothing",
+            f"the generator of {where} has weights that are not finite: it can draw nothing",
             hint="the training went wrong; look at its report, and train again",
         )
-    generator.load_state_dict(weights)
     return GeneratorModel(generator.eval().requires_grad_(False), encoder, config, prompts, card)
 
 

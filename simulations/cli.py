@@ -127,6 +127,8 @@ def simulate(
         if not run.finished:
             _train(run, job, engine)
             _finish(run, job, engine, began)
+        elif not (run.path / "statements").is_dir() and _sites_folder(run.path).is_dir():
+            _write_statements(run)  # of a release before there were any
         # Where the run lies now: a finished one may have been moved.
         places = {"sheet": str(run.path / "sheet.png"), "next": _next_commands(run.path, run.prompts)}
         result = {**run.read_json("result.json"), **places}
@@ -559,6 +561,7 @@ def _finish(run: RunDirectory, job: Job, engine: str, began: float) -> None:
     exact = charged not in (plan.steps, plan.reserved_steps)
     spent = plan.spent(charged, warm_start=config.warm_start.enabled, exact=exact)
     sites = _ledgers(run, plan)
+    _write_statements(run)
     rows = accuracy_rows(metrics)
     cost = (
         f"epsilon {spent.epsilon:.3g} per site at delta {plan.delta:.0e}, {spent.adjacency} one {spent.unit}"
@@ -660,6 +663,17 @@ def _ledgers(run: RunDirectory, plan: PrivacyPlan) -> dict[str, dict[str, Any]]:
             "refused": left.get(name),
         }
     return found
+
+
+def _write_statements(run: RunDirectory) -> None:
+    """What each site that answered signs about its spending, for `fedcanvas release`."""
+    from client.statement import spend_statement
+    from shared.privacy.ledger import Ledger
+
+    for name in run.heads():
+        folder = _sites_folder(run.path) / name
+        statement = spend_statement(folder, Ledger(folder / "lineages" / name), run.run_id)
+        run.write_bytes(f"statements/{name}.json", statement)
 
 
 def _next_commands(out: Path, prompts: Sequence[str]) -> list[str]:

@@ -30,7 +30,8 @@ from shared.protection.sealed import (
 )
 
 NEWEST = "aggregator-keys.json"  # in the site's folder
-REPLY, CODE = b"\0", b"\1"  # first byte of what is sealed
+REPLY, CODE, STATEMENT = b"\0", b"\1", b"\2"  # first byte of what is sealed
+_FIRST = {"reply": REPLY, "statement": STATEMENT}
 CODE_BYTES = 16  # of a code, filled up with zeros: the length tells nothing
 MOST_STATEMENT_BYTES = 2**14
 
@@ -39,7 +40,7 @@ MOST_STATEMENT_BYTES = 2**14
 class Opened:
     """What a site said, and nobody else could have said or read."""
 
-    kind: Literal["reply", "code"]
+    kind: Literal["reply", "code", "statement"]
     content: bytes
 
 
@@ -70,11 +71,13 @@ class AggregatorChannel:
         if by is None:
             raise TrustError(f"'{context.site}' is no site of federation {self.federation}")
         content = open_sealed(sealed, keys=self._opening, by=by, context=context)
-        if content[:1] not in (REPLY, CODE):
-            raise TrustError(f"the reply of site {context.site} is of an unknown kind")
+        if content[:1] == CODE:
+            return Opened("code", content[1:].rstrip(b"\0"))
         if content[:1] == REPLY:
             return Opened("reply", content[1:])
-        return Opened("code", content[1:].rstrip(b"\0"))
+        if content[:1] == STATEMENT:
+            return Opened("statement", content[1:])
+        raise TrustError(f"the reply of site {context.site} is of an unknown kind")
 
 
 class SiteChannel:
@@ -122,14 +125,15 @@ class SiteChannel:
         return keys
 
     def seal(
-        self, kind: Literal["reply", "code"], content: bytes, *, context: Context, to: AggregatorKeys | None = None
-    ) -> bytes:
+        self, kind: Literal["reply", "code", "statement"], content: bytes, *, context: Context,
+        to: AggregatorKeys | None = None,
+    ) -> bytes:  # fmt: skip
         """
         Args:
             content: a code has at most `CODE_BYTES` ASCII letters.
             to: the keys that the question was signed with; `None` where none could be told: the newest.
         """
         assert (context.federation, context.site) == (self.federation.name, self.site)
-        whole = REPLY + content if kind == "reply" else CODE + content.ljust(CODE_BYTES, b"\0")
-        assert kind == "reply" or len(content) <= CODE_BYTES
+        assert kind != "code" or len(content) <= CODE_BYTES
+        whole = CODE + content.ljust(CODE_BYTES, b"\0") if kind == "code" else _FIRST[kind] + content
         return seal(whole, to=(to or self._newest).sealing, by=self._signing, context=context)

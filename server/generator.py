@@ -1,0 +1,201 @@
+"""Pictures from prompts: the one way that the command, the API, the page and Python go.
+
+    from fedcanvas import Generator
+    pictures = Generator.load("model").generate(["a large red circle"], n=4, seed=1)
+    pictures[0].image.save("circle.png")
+
+Picture `index` of a prompt depends on the model, the prompt, the seed, the index and the truncation alone, not on what
+else is drawn with it. A released model (`shared.bundle`) is verified before its first byte is used; a run directory
+of one's own is read as it is. Not here: what a prompt is made of (`server.prompting`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from shared.bundle import is_bundle, load_bundle, read_unverified, verify
+from shared.errors import UsageError
+from shared.prompts import clean_prompt
+from shared.rundir import GeneratorModel, load_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_SEED = 2**63 - 1
+MOST_PICTURES = 100_000
+BATCH = 64
+UNVERIFIED = "UNVERIFIED"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture and where it comes from.
+
+    Attributes:
+        array: `(H, W)` or `(H, W, 3)` uint8.
+        about: what its PNG file says of it: prompt, seed, index, model digest, epsilon.
+    """
+
+    array: np.ndarray
+    about: dict[str, str]
+
+    @property
+    def image(self) -> Image:
+        from PIL import Image
+
+        return Image.fromarray(self.array)
+
+    def png(self) -> bytes:
+        """A PNG file; the same picture gives the same bytes. Its text entries are those of `about`."""
+        from PIL.PngImagePlugin import PngInfo
+
+        entries = PngInfo()
+        for key, value in self.about.items():
+            entries.add_itxt(key, value)
+        out = io.BytesIO()
+        self.image.save(out, "PNG", pnginfo=entries)
+        return out.getvalue()
+
+
+class Generator:
+    """A model that draws. Build it with `load`; threads may share it.
+
+    Attributes:
+        model: what was read.
+        line: one line about where the model comes from, for people.
+        unverified: a released model whose evidence does not hold, or was not looked at.
+    """
+
+    def __init__(self, model: GeneratorModel, *, name: str, digest: str, line: str, unverified: bool = False) -> None:
+        self.model, self.name, self.digest, self.line, self.unverified = model, name, digest, line, unverified
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path: str | Path, *, unverified: bool = False) -> Self:
+        """
+        Args:
+            path: a released model, a run directory, or its folder `model`.
+            unverified: take a released model even where it does not verify; every picture then says so.
+        Raises:
+            BundleError: the released model was altered, or its evidence does not hold.
+            RunDirectoryError: there is no model.
+        """
+        path = Path(path)
+        if not is_bundle(path):
+            model = load_model(path)
+            line = f"{path}: a run's own model, with no evidence beside it: `fedcanvas release` adds that"
+            return cls(model, name=path.resolve().name, digest=_digest(model), line=line)
+        if unverified:
+            model = read_unverified(path)
+            line = f"{path}: NOT VERIFIED; whatever it says of itself may be false"
+            return cls(model, name=path.resolve().name, digest=_digest(model), line=line, unverified=True)
+        verified = verify(path, recompute=False)
+        name = str(verified.card["name"])
+        return cls(load_bundle(verified), name=name, digest=verified.digest, line=verified.line)
+
+    from_pretrained = load
+
+    @cached_property
+    def privacy(self) -> dict[str, Any]:
+        """Of the card: `epsilon_max`, `delta`, `unit`, `adjacency`, as far as it says them."""
+        card = self.model.card
+        if "privacy" in card:
+            return dict(card["privacy"])
+        spent = card.get("spent") or {}
+        return {
+            "epsilon_max": float(spent.get("epsilon", "nan")), "delta": spent.get("delta"), "unit": spent.get("unit"),
+            "adjacency": spent.get("adjacency"), "private": bool(card.get("plan", {}).get("private")),
+        }  # fmt: skip
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The public prompts it was trained on."""
+        return self.model.prompts
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side; it draws no other."""
+        return int(self.model.config.data.image_size)
+
+    def generate(
+        self, prompts: Sequence[str], *, n: int = 1, seed: int = 0, truncation: float = 1.0
+    ) -> list[Picture]:
+        """`n` pictures of each prompt, prompt by prompt.
+
+        Args:
+            seed: from 0 to 2**63 - 1. Another one, other pictures.
+            truncation: from 0 to 1: latents are multiplied by it. Lower is more typical and less varied.
+        Raises:
+            PromptError: a prompt is empty, too long or no line of text.
+            UsageError: an argument is out of range.
+        """
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        if not 1 <= n or len(cleaned) * n > MOST_PICTURES:
+            raise UsageError(f"{len(cleaned)} prompts times {n} pictures", hint=f"from 1 to {MOST_PICTURES} in all")
+        pairs = [(prompt, index) for prompt in cleaned for index in range(n)]
+        texts, indices = [prompt for prompt, _ in pairs], [index for _, index in pairs]
+        arrays = self.arrays(texts, seeds=[seed] * len(pairs), indices=indices, truncation=truncation)
+        return [
+            Picture(array, self.about(prompt, seed=seed, index=index, truncation=truncation))
+            for (prompt, index), array in zip(pairs, arrays, strict=True)
+        ]
+
+    def arrays(
+        self, prompts: Sequence[str], *, seeds: Sequence[int], indices: Sequence[int], truncation: float = 1.0
+    ) -> np.ndarray:
+        """`(N, H, W)` or `(N, H, W, 3)` uint8: picture i of prompt i, with the latents of (seeds[i], indices[i]).
+
+        Raises:
+            UsageError: a seed or the truncation is out of range.
+        """
+        import torch
+
+        from shared.adversarial import to_bytes
+        from shared.models import draw_latents
+
+        if not 0.0 <= truncation <= 1.0:
+            raise UsageError(f"a truncation of {truncation:g} is not between 0 and 1")
+        for seed in seeds:
+            if not 0 <= seed <= MOST_SEED:
+                raise UsageError(f"a seed of {seed} is not between 0 and {MOST_SEED}")
+        if not prompts:
+            return np.zeros((0, self.size, self.size), np.uint8)
+        different = list(dict.fromkeys(prompts))
+        rows = {prompt: row for row, prompt in enumerate(different)}
+        parts = []
+        with self._lock, torch.no_grad():
+            encoded = self.model.encoder.encode(different)
+            for start in range(0, len(prompts), BATCH):
+                part = slice(start, start + BATCH)
+                latents = torch.cat([
+                    draw_latents(seed, [index], self.model.generator.latent_dim)
+                    for seed, index in zip(seeds[part], indices[part], strict=True)
+                ])  # fmt: skip
+                embeddings = encoded[[rows[prompt] for prompt in prompts[part]]]
+                parts.append(to_bytes(self.model.generator(truncation * latents, embeddings)))
+        pixels = np.concatenate(parts)
+        return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+    def about(self, prompt: str, *, seed: int, index: int, truncation: float) -> dict[str, str]:
+        """What the file of a picture says of it."""
+        privacy = self.privacy
+        found = {
+            "prompt": prompt, "seed": str(seed), "index": str(index), "truncation": f"{truncation:g}",
+            "model": self.digest, "epsilon": f"{privacy['epsilon_max']:.4g}", "delta": f"{privacy['delta']}",
+            "unit": str(privacy["unit"]), "software": "fedcanvas",
+        }  # fmt: skip
+        return {**found, "warning": UNVERIFIED} if self.unverified else found
+
+
+def _digest(model: GeneratorModel) -> str:
+    return hashlib.sha256(json.dumps(model.card.get("files", model.card), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,350 @@
+"""A released model as a folder to share: weights, card, and the evidence of what it cost in privacy, all signed.
+
+    model.safetensors      the generator's moving average
+    config.json            the run's settings, fingerprints of the text encoder and of the front end
+    prompts.txt            the public prompts it was trained on: its grammar and vocabulary
+    card.json, README.md   the model card, for programs and for people
+    statements/SITE.json   what each site signed that the run spent there (`shared.spend`)
+    federation.json, admissions/SITE.json   between institutions: whose key each site's is, signed by the federation
+    bundle.json            SHA-256 of every file above, signed by whoever released it
+
+Reading runs no code and believes no figure: digests and signatures are checked, and epsilon is computed from the
+statements again. What cannot be checked here is said (`Verified.trusted`). Format: docs/bundle.md.
+Not here: how a bundle comes of a run (`server.release`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from shared.config import RunConfig
+from shared.disk import fsync_folder, make_folder, write_whole
+from shared.errors import BundleError, ConfigError, RunDirectoryError, TrustError
+from shared.protection.federation import Federation, SiteKeys
+from shared.protection.keys import SigningKey, VerifyKey, fingerprint
+from shared.protection.statements import canonical, read_statement, sign_statement
+from shared.rundir import GeneratorModel, build_model
+from shared.spend import SpendStatement
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+WEIGHTS, CONFIG, PROMPTS, CARD, README = "model.safetensors", "config.json", "prompts.txt", "card.json", "README.md"
+FEDERATION = "federation.json"
+FIXED = {WEIGHTS: 2**29, CONFIG: 2**22, PROMPTS: 2**26, CARD: 2**22, README: 2**22}  # the most bytes of each
+STATEMENT_BYTES, MOST_SITES = 2**20, 2**14
+_OF_A_SITE = re.compile(r"(statements|admissions)/([A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?)\.json")
+_TYPES = {"format": int, "run": str, "released": str, "files": dict, "signing-key": str}
+CLOSE = 1e-3  # relative: another release's accountants may compute a little otherwise
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A bundle whose digests and signatures hold.
+
+    Attributes:
+        releaser: fingerprint of the key that signed the bundle.
+        federation: fingerprint of the federation whose admissions name the sites' keys; "" where sites were simulated.
+        statements: by site.
+        epsilon: largest over the sites, computed again from their statements; `None` where that was not asked for.
+    """
+
+    folder: Path
+    card: dict[str, Any]
+    releaser: str
+    federation: str
+    statements: Mapping[str, SpendStatement]
+    digest: str
+    epsilon: float | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def simulated(self) -> bool:
+        return any(statement.simulated for statement in self.statements.values())
+
+    @property
+    def line(self) -> str:
+        """One line for whoever uses the model."""
+        privacy = self.card["privacy"]
+        cost = f"epsilon {privacy['epsilon_max']:.3g}" if privacy["private"] else "no privacy"
+        sites = f"{len(self.statements)} {'simulated sites' if self.simulated else 'sites'}"
+        return f"{self.folder}: signed by {self.releaser}; {sites}, {cost}; nothing was altered"
+
+    @property
+    def proved(self) -> list[str]:
+        """What the signatures and digests show, in sentences."""
+        found = [f"No file was added, removed or altered since the holder of the key {self.releaser} released it."]
+        if self.federation:
+            found.append(
+                f"Each site's key was admitted by the federation with the fingerprint {self.federation}, and each site"
+                " signed how many releases its ledger was charged for this run, at which noise, and in which order."
+            )
+        else:
+            found.append(
+                "Each simulated site signed how many releases its ledger was charged for this run. The keys were made"
+                " by whoever simulated it: they show that the files fit together, and nothing about real institutions."
+            )
+        if self.epsilon is not None:
+            found.append(f"Epsilon, computed again from these statements, is {_figure(self.epsilon)}, as the card says.")
+        found.append("The last head of every site's ledger is the one that its last answer in the run carried.")
+        return found
+
+    @property
+    def trusted(self) -> list[str]:
+        """What nobody can see from these files, in sentences."""
+        whom = "whoever simulated the run" if self.simulated else "each site"
+        return [
+            f"That {whom} told the truth: that nothing else left it about these records.",
+            "That the code that ran was the release whose digest the statements name.",
+            "That the records of different sites are of different people: epsilon is of one site's records.",
+            f"That the key {self.releaser} is of whom you think: compare it with them, by another way.",
+        ]
+
+
+def is_bundle(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def write_bundle(
+    out: Path, files: Mapping[str, bytes], *, run: str, key: SigningKey, released: datetime | None = None
+) -> None:
+    """The folder `out` appears whole, or not at all.
+
+    Args:
+        files: all but `bundle.json`, by name.
+    Raises:
+        BundleError: `out` is there already, or cannot be written.
+    """
+    if out.exists():
+        raise BundleError(f"{out} is there already", hint="name a new folder: a released model is never changed")
+    partial = out.with_name(f".{out.name}.partial")
+    fields = {
+        "format": FORMAT, "run": run, "released": (released or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
+        "signing-key": key.public.text,
+    }  # fmt: skip
+    try:
+        _remove(partial)
+        make_folder(partial, durable=True)
+        for name, content in files.items():
+            write_whole(partial / name, content)
+        manifest = json.dumps(sign_statement("bundle", fields, key), indent=2, sort_keys=True).encode() + b"\n"
+        write_whole(partial / MANIFEST, manifest)
+        partial.rename(out)
+        fsync_folder(out.parent)
+    except (OSError, RunDirectoryError) as error:
+        _remove(partial)
+        raise BundleError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def verify(folder: Path, *, releaser: str = "", recompute: bool = True) -> Verified:
+    """Checks digests, signatures and figures of a bundle.
+
+    Args:
+        releaser: the fingerprint that the bundle must be signed with; "" takes any and names it.
+        recompute: epsilon from the statements, some seconds.
+    Raises:
+        BundleError: it is none, or anything does not hold. Nothing of it should be used then.
+    """
+    try:
+        return _verify(folder, releaser, recompute)
+    except BundleError:
+        raise
+    except (TrustError, ConfigError) as error:
+        raise BundleError(f"{folder}: {error.message}", hint=error.hint or _ALTERED) from None
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise BundleError(f"{folder}: the card or the settings cannot be read ({type(error).__name__})") from None
+
+
+def load_bundle(verified: Verified) -> GeneratorModel:
+    """The generator, from the bytes that were checked."""
+    files, where = verified.files, str(verified.folder)
+    about = json.loads(files[CONFIG])
+    config = RunConfig.from_table(about["run"], origin=f"{where}/{CONFIG}")
+    prompts = tuple(files[PROMPTS].decode().splitlines())
+    return build_model(
+        files[WEIGHTS], config=config, prompts=prompts, encoder_fingerprint=str(about["encoder_fingerprint"]),
+        card=verified.card, where=where,
+    )  # fmt: skip
+
+
+_ALTERED = "it was altered, or is not whole: get it again from whoever released it, and use nothing of this copy"
+
+
+def _verify(folder: Path, releaser: str, recompute: bool) -> Verified:
+    manifest, files = _read(folder)
+    key = fingerprint(VerifyKey.from_text(manifest["signing-key"]).raw)
+    if releaser and releaser.split() != key.split():
+        raise BundleError(f"{folder} is signed by {key}, not by {releaser}", hint=_ALTERED)
+    card, about = json.loads(files[CARD]), json.loads(files[CONFIG])
+    config = RunConfig.from_table(about["run"], origin=f"{folder / CONFIG}")
+    federation = Federation.read(files[FEDERATION], what=FEDERATION) if FEDERATION in files else None
+    statements = _statements(files, federation)
+    prompts = json.dumps(files[PROMPTS].decode().splitlines())
+    expected = (manifest["run"], config.digest, hashlib.sha256(prompts.encode()).hexdigest())
+    for site, statement in statements.items():
+        if (statement.run, statement.config_digest, statement.prompts_digest) != expected:
+            raise BundleError(f"{folder}: the statement of site {site} is of another run, other settings or prompts")
+        if statement.simulated != (federation is None):
+            raise BundleError(f"{folder}: the statement of site {site} is of a simulated site among real ones, or none")
+    sites = card["privacy"]["sites"]
+    if card["run_id"] != manifest["run"] or set(sites) != set(statements):
+        raise BundleError(f"{folder}: the card and the statements are not about the same run and sites", hint=_ALTERED)
+    for site, statement in statements.items():
+        if sites[site]["head"] != statement.head:
+            raise BundleError(
+                f"{folder}: the statement of site {site} does not end where its last answer did",
+                hint="it is older than the run's end, or leaves charges out: ask the site for its newest",
+            )
+    epsilon = _recomputed(folder, card, statements) if recompute else None
+    return Verified(
+        folder, card, key, federation.fingerprint if federation else "", statements,
+        hashlib.sha256(canonical(manifest["files"])).hexdigest(), epsilon, files,
+    )  # fmt: skip
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(manifest, files), once every file is the one that the signed manifest names, and there is no other."""
+    if not folder.is_dir():
+        raise BundleError(f"there is no folder {folder}")
+    if not is_bundle(folder):
+        raise BundleError(
+            f"{folder} is no released model: it has no {MANIFEST}", hint="`fedcanvas release RUN --out FOLDER` makes one"
+        )
+    content = _content(folder / MANIFEST, 2**22)
+    try:
+        version = json.loads(content).get("format")
+    except (ValueError, AttributeError, RecursionError):
+        raise BundleError(f"{folder / MANIFEST} is no JSON: the copy was cut off") from None
+    if version != FORMAT:
+        raise BundleError(
+            f"{folder} has format {version!r}, this release reads {FORMAT}", hint="install the release that made it"
+        )
+    manifest = read_statement(content, "bundle", _TYPES, None, what=f"the manifest {folder / MANIFEST}")
+    named, sizes = manifest["files"], dict[str, int]()
+    for name, digest in named.items():
+        of_a_site = _OF_A_SITE.fullmatch(name)
+        if not (name in FIXED or name == FEDERATION or of_a_site) or type(digest) is not str:
+            raise BundleError(f"{folder / MANIFEST} names {name!r}, which no released model has")
+        sizes[name] = FIXED.get(name, STATEMENT_BYTES)
+    if len(named) > 2 * MOST_SITES or not FIXED.keys() <= named.keys():
+        raise BundleError(f"{folder / MANIFEST} does not name all that a released model has")
+    there = _there(folder)
+    if more := sorted(there - named.keys() - {MANIFEST}):
+        raise BundleError(f"{folder} holds a file that was not released: {more[0]}", hint="remove it, or get it again")
+    if missing := sorted(named.keys() - there):
+        raise BundleError(f"{folder / missing[0]} is missing", hint=_ALTERED)
+    files = {name: _content(folder / name, most) for name, most in sizes.items()}
+    for name, found in files.items():
+        if hashlib.sha256(found).hexdigest() != named[name]:
+            raise BundleError(f"{folder / name} is not the file that was released", hint=_ALTERED)
+    return manifest, files
+
+
+def _there(folder: Path) -> set[str]:
+    """Names of all files below; `BundleError` for what is neither a file nor one of the two folders."""
+    found = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode) and name in ("statements", "admissions"):
+            continue
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{path} is neither a file of a released model nor a folder of one")
+        found.add(name)
+    return found
+
+
+def _content(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(content) > most:
+        raise BundleError(f"{path} is larger than {most} bytes")
+    return content
+
+
+def _statements(files: Mapping[str, bytes], federation: Federation | None) -> dict[str, SpendStatement]:
+    """Of every site, by the key that the federation admitted, or by the one that a simulated site names itself."""
+    found = {}
+    by_kind: dict[str, dict[str, bytes]] = {"statements": {}, "admissions": {}}
+    for name, content in files.items():
+        if (match := _OF_A_SITE.fullmatch(name)) is not None:
+            by_kind[match[1]][match[2]] = content
+    admitted = {}
+    if federation is not None:
+        for site, content in by_kind["admissions"].items():
+            keys = SiteKeys.read_admission(content, federation.identity, what=f"the admission of site {site}")
+            if (keys.site, keys.federation) != (site, federation.name):
+                raise BundleError(f"the admission of site {site} is of another site or federation")
+            admitted[site] = keys.signing
+    if by_kind["admissions"].keys() != (by_kind["statements"].keys() if federation is not None else set()):
+        raise BundleError("admissions and statements are not of the same sites")
+    for site, content in by_kind["statements"].items():
+        what = f"the spend statement of site {site}"
+        statement = SpendStatement.read(content, what=what, key=admitted.get(site))
+        if statement.site != site or (federation is not None and statement.federation != federation.name):
+            raise BundleError(f"{what} is of another site or federation")
+        found[site] = statement
+    keys = [statement.signing for statement in found.values()]
+    if len(set(key.text for key in keys)) != len(keys):
+        raise BundleError("two sites have the same key")
+    if not found:
+        raise BundleError("no site says what was spent")
+    return found
+
+
+def _recomputed(folder: Path, card: Mapping[str, Any], statements: Mapping[str, SpendStatement]) -> float:
+    """The largest epsilon of a site, once each is what the card says."""
+    privacy, largest = card["privacy"], 0.0
+    for site, statement in statements.items():
+        report = statement.epsilon()
+        told = float(privacy["sites"][site]["epsilon"])
+        if statement.plan.delta != privacy["delta"] or statement.plan.unit != privacy["unit"]:
+            raise BundleError(f"{folder}: the card names another delta or unit than site {site}")
+        if not _close(told, report.epsilon):
+            raise BundleError(
+                f"{folder}: the card says epsilon {_figure(told)} for site {site}, its statement makes"
+                f" {_figure(report.epsilon)}"
+            )
+        largest = max(largest, report.epsilon)
+    if not _close(float(privacy["epsilon_max"]), largest):
+        raise BundleError(f"{folder}: the card's largest epsilon is not that of its sites")
+    return largest
+
+
+def _close(one: float, other: float) -> bool:
+    return one == other or math.isclose(one, other, rel_tol=CLOSE)
+
+
+def _figure(value: float) -> str:
+    return "infinite" if math.isinf(value) else f"{value:.4g}"
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_unverified(folder: Path) -> GeneratorModel:
+    """The generator of a folder that looks like a released model, whatever its evidence; reading it runs no code.
+
+    Raises:
+        BundleError: its weights, settings or prompts cannot be read.
+    """
+    files = {name: _content(folder / name, most) for name, most in FIXED.items()}
+    try:
+        card = json.loads(files[CARD])
+        return load_bundle(Verified(folder, card, "", "", {}, "", files=files))
+    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
+        raise BundleError(f"{folder} cannot be read ({type(error).__name__})") from None
