@@ -140,7 +140,7 @@ class Generator:
             UsageError: an argument is out of range.
         """
         cleaned = [clean_prompt(prompt) for prompt in prompts]
-        if not 1 <= n or len(cleaned) * n > MOST_PICTURES:
+        if not n >= 1 or len(cleaned) * n > MOST_PICTURES:
             raise UsageError(f"{len(cleaned)} prompts times {n} pictures", hint=f"from 1 to {MOST_PICTURES} in all")
         pairs = [(prompt, index) for prompt in cleaned for index in range(n)]
         texts, indices = [prompt for prompt, _ in pairs], [index for _, index in pairs]

@@ -85,7 +85,7 @@ def _statement_files(run: RunDirectory) -> dict[str, bytes]:
                 f"`fedcanvas simulate --resume --out {run.path}` writes it"
                 if run.entropy == "seeded"
                 else "it comes with the site's receipt of the model (`fedcanvas server status`), or as a file of"
-                f" `fedcanvas client statement`, to be put there"
+                " `fedcanvas client statement`, to be put there"
             )
             raise BundleError(f"the statement of site {site} is missing: {path}", hint=again) from None
         except OSError as error:

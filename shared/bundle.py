@@ -297,8 +297,7 @@ def _statements(files: Mapping[str, bytes], federation: Federation | None) -> di
         if statement.site != site or (federation is not None and statement.federation != federation.name):
             raise BundleError(f"{what} is of another site or federation")
         found[site] = statement
-    keys = [statement.signing for statement in found.values()]
-    if len(set(key.text for key in keys)) != len(keys):
+    if len({statement.signing.text for statement in found.values()}) != len(found):
         raise BundleError("two sites have the same key")
     if not found:
         raise BundleError("no site says what was spent")

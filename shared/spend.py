@@ -130,9 +130,9 @@ class SpendStatement:
         Raises:
             TrustError: they are more than the plan reserves, which no ledger of ours allows.
         """
-        if self.steps > self.plan.reserved_steps or self.unsampled > (self.plan.warm_start_noise_multiplier is not None):
-            if self.plan.private:
-                raise TrustError(f"site {self.site} charged more than the plan of run {self.run} reserves")
+        reserved = self.plan.reserved_steps, int(self.plan.warm_start_noise_multiplier is not None)
+        if self.plan.private and (self.steps > reserved[0] or self.unsampled > reserved[1]):
+            raise TrustError(f"site {self.site} charged more than the plan of run {self.run} reserves")
         return self.plan.spent(self.steps, warm_start=self.unsampled > 0 and self.plan.private, exact=True)
 
 

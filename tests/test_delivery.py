@@ -67,6 +67,7 @@ from shared.records import (
     records_digest,
 )
 from shared.rundir import RunDirectory, load_model
+from shared.spend import SpendStatement
 from shared.text import build_encoder
 
 NAMES = ("generator.safetensors", "discriminator.safetensors", "model.json")
@@ -134,15 +135,28 @@ def log_of(site: Path) -> str:
 def said_by(
     reply: SiteReply | Refusal, operator: Operator, records: RecordDict, *, run: str = "run"
 ) -> tuple[str, bytes]:  # fmt: skip
-    """(run that the answer names, code), opened with the aggregator's key alone; the seal is bound to `records`."""
+    """(run that the answer names, code), opened with the aggregator's key alone; the seal is bound to `records`.
+
+    Of a spend statement the code is `received`: it goes with nothing else.
+    """
     assert isinstance(reply, SiteReply)
     context = Context(
         operator.name, "" if reply.run_id == NOT_TOLD else run, "site-0", 0,
         instruction_digest=records_digest(records).hex(),
     )  # fmt: skip
     found = operator.channel.open(reply.envelope, context=context)
-    assert (found.kind, reply.server_round) == ("code", 0)
+    assert reply.server_round == 0
+    if found.kind == "statement":
+        statement = SpendStatement.read(found.content, what="it", key=operator.channel.sites["site-0"])
+        assert (statement.federation, statement.site, statement.run) == (operator.name, "site-0", run)
+        return reply.run_id, b"received"
+    assert found.kind == "code"
     return reply.run_id, found.content
+
+
+def digest_of(records: RecordDict) -> str:
+    """Of what was sent, without its signature, as the aggregator computed it."""
+    return records_digest(records).hex()
 
 
 def offered(
@@ -180,12 +194,23 @@ def test_a_model_is_kept_as_the_aggregator_has_it_and_draws_the_same_pictures(
     assert np.array_equal(*drawn)
     assert ledger.read_bytes() == before  # it costs nothing
     assert codes_noted(site) == ["received"]
-    # On the wire a confirmation is a sealed code like any refusal.
+    # On the wire it is sealed: its length is that of the statement, a refusal's that of any code.
     assert isinstance(reply, SiteReply)
     refused = sent(site, signed(aggregator.channel, ModelOffer("another", files_of(model))), kind=OFFER_TYPE)
     assert isinstance(refused, SiteReply)
-    assert len(reply.envelope) == len(refused.envelope) == 1 + 16 + OVERHEAD
-    assert b"received" not in reply.envelope
+    assert len(refused.envelope) == 1 + 16 + OVERHEAD
+    found = aggregator.channel.open(
+        reply.envelope, context=Context(aggregator.name, "run", "site-0", 0, instruction_digest=digest_of(records))
+    )
+    assert len(reply.envelope) == 1 + len(found.content) + OVERHEAD
+    assert not any(words in reply.envelope for words in (b"received", b"spend", b"nonce", b"charges"))
+    # What it says is what the ledger holds, and its own key signed it.
+    statement = SpendStatement.read(found.content, what="it", key=aggregator.channel.sites["site-0"])
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    charges = [line for line in lines if line["kind"] == "charge"]
+    names = ("server_round", "attempt", "release", "steps", "instruction_digest", "nonce")
+    assert statement.charges == tuple(tuple(line[name] for name in names) for line in charges)
+    assert not statement.simulated
 
 
 def test_the_same_model_again_is_confirmed_again_and_changes_nothing(
@@ -588,7 +613,7 @@ def test_a_confirmation_is_of_one_model_and_of_nothing_else(
         asked = Message(RecordDict(), 5, OFFER_TYPE)
         asked.metadata.__dict__["_message_id"] = "m"
         reply = Message(content if isinstance(content, Error) else encode_reply(content), reply_to=asked)
-        return offer.read(reply, by)
+        return offer.read(reply, by)[0]
 
     def sealed(kind: str, content: bytes, context: Context, run_id: str = "run", server_round: int = 0) -> SiteReply:
         return SiteReply(run_id, server_round, "site-0", channel.seal(kind, content, context=context))  # type: ignore[arg-type]
@@ -667,7 +692,7 @@ def test_a_trained_model_comes_to_every_site_that_took_part_when_it_is_there_and
         assert (status["delivered"], status["undelivered"]) == (["site-0"], {"site-1": ""})
         # Up came the sealed code and the names of run and site, whatever the model is: no byte of it, and no word.
         assert b"received" not in b"".join(wire.up)
-        assert max(map(len, wire.up)) < 2000 < min(map(len, files_of(run.path / "model").values()))
+        assert max(map(len, wire.up)) < 3000 < min(map(len, files_of(run.path / "model").values()))
         there.there = dict(zip(nodes, ("site-0", "site-1", "site-2"), strict=True))
         pushed = len(wire.down)
         again = delivery(wire)  # by a worker that was started anew

@@ -23,7 +23,9 @@ from toy_federation import make_sites, toy_policy
 
 from client.deployment import programs as site_programs
 from client.joining import join
+from server.release import release
 from shared.errors import UsageError
+from shared.protection.keys import SigningKey
 from shared.protection.kit import read_kit
 from shared.rundir import RunDirectory, load_model
 
@@ -84,6 +86,21 @@ def test_a_run_ends_with_a_model_and_each_site_was_asked_once_a_round(deployed: 
         eventually(lambda name=site.name: deployed.seen(name)["answered"] == 3, "what was seen of it", 10.0)  # type: ignore[misc]
     for name in ("sheet.png", "report.html", "model/generator.safetensors"):
         assert (run.path / name).stat().st_size > 1000
+
+
+def test_its_model_is_released_with_what_each_site_signed(deployed: DeployedFederation, tmp_path: Path) -> None:
+    run = deployed.queue["first"].path
+    eventually(lambda: len(list((run / "statements").glob("*.json"))) == 3, "the statements", 60.0)
+    made = release(run, tmp_path / "model", key=SigningKey.generate())
+    assert made.federation == deployed.federation.federation.fingerprint
+    assert not made.simulated
+    plan = load_model(run).card["plan"]  # every record is in every step
+    exact = epsilon_of_gaussians(plan["noise_multiplier"], 3, plan["delta"])
+    assert made.epsilon == pytest.approx(exact, rel=2e-3)
+    assert made.epsilon >= exact
+    for site in deployed.sites:
+        nonces = [charge["nonce"] for charge in charged(deployed, site, run_id(deployed, "first"))]
+        assert [charge[5] for charge in made.statements[site.name].charges] == nonces
 
 
 def test_the_relay_holds_what_goes_down_and_nothing_of_what_comes_up(deployed: DeployedFederation) -> None:
