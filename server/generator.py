@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from shared.bundle import is_bundle, load_bundle, read_unverified, verify
-from shared.errors import UsageError
+from shared.bundle import CARD, is_bundle, load_bundle, read_unverified, verify
+from shared.errors import BundleError, UsageError
 from shared.prompts import clean_prompt
 from shared.rundir import GeneratorModel, load_model
 
@@ -96,9 +97,18 @@ class Generator:
             line = f"{path}: a run's own model, with no evidence beside it: `fedcanvas release` adds that"
             return cls(model, name=path.resolve().name, digest=_digest(model), line=line)
         if unverified:
+            from shared.models import weights_digest
+
             model = read_unverified(path)
             line = f"{path}: NOT VERIFIED; whatever it says of itself may be false"
-            return cls(model, name=path.resolve().name, digest=_digest(model), line=line, unverified=True)
+            # Of the weights that draw, whatever the card calls them.
+            digest = weights_digest(model.generator)
+            made = cls(model, name=path.resolve().name, digest=digest, line=line, unverified=True)
+            try:
+                assert made.provenance
+            except (KeyError, TypeError, ValueError):
+                raise BundleError(f"{path / CARD} does not say what the model cost in privacy") from None
+            return made
         verified = verify(path, recompute=False)
         name = str(verified.card["name"])
         return cls(load_bundle(verified), name=name, digest=verified.digest, line=verified.line)
@@ -110,7 +120,8 @@ class Generator:
         """Of the card: `epsilon_max`, `delta`, `unit`, `adjacency`, as far as it says them."""
         card = self.model.card
         if "privacy" in card:
-            return dict(card["privacy"])
+            privacy = dict(card["privacy"])
+            return {**privacy, "epsilon_max": float(privacy["epsilon_max"])}  # JSON has no infinity: the text "inf"
         spent = card.get("spent") or {}
         return {
             "epsilon_max": float(spent.get("epsilon", "nan")), "delta": spent.get("delta"), "unit": spent.get("unit"),
@@ -133,15 +144,18 @@ class Generator:
         """`n` pictures of each prompt, prompt by prompt.
 
         Args:
-            seed: from 0 to 2**63 - 1. Another one, other pictures.
+            seed: a whole number from 0 to 2**63 - 1. Another one, other pictures.
             truncation: from 0 to 1: latents are multiplied by it. Lower is more typical and less varied.
         Raises:
             PromptError: a prompt is empty, too long or no line of text.
             UsageError: an argument is out of range.
         """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UsageError("the prompts are no list of texts", hint='for example generate(["a large red circle"])')
         cleaned = [clean_prompt(prompt) for prompt in prompts]
-        if not n >= 1 or len(cleaned) * n > MOST_PICTURES:
-            raise UsageError(f"{len(cleaned)} prompts times {n} pictures", hint=f"from 1 to {MOST_PICTURES} in all")
+        n = _whole(n, "a number of pictures", 1, MOST_PICTURES)
+        if len(cleaned) * n > MOST_PICTURES:
+            raise UsageError(f"{len(cleaned)} prompts times {n} pictures", hint=f"at most {MOST_PICTURES} in all")
         pairs = [(prompt, index) for prompt in cleaned for index in range(n)]
         texts, indices = [prompt for prompt, _ in pairs], [index for _, index in pairs]
         arrays = self.arrays(texts, seeds=[seed] * len(pairs), indices=indices, truncation=truncation)
@@ -156,20 +170,20 @@ class Generator:
         """`(N, H, W)` or `(N, H, W, 3)` uint8: picture i of prompt i, with the latents of (seeds[i], indices[i]).
 
         Raises:
-            UsageError: a seed or the truncation is out of range.
+            UsageError: a seed, an index or the truncation is out of range.
         """
         import torch
 
         from shared.adversarial import to_bytes
         from shared.models import draw_latents
 
-        if not 0.0 <= truncation <= 1.0:
-            raise UsageError(f"a truncation of {truncation:g} is not between 0 and 1")
-        for seed in seeds:
-            if not 0 <= seed <= MOST_SEED:
-                raise UsageError(f"a seed of {seed} is not between 0 and {MOST_SEED}")
+        if not isinstance(truncation, int | float | np.floating) or not 0.0 <= truncation <= 1.0:
+            raise UsageError(f"a truncation of {truncation} is not between 0 and 1")
+        seeds = [_whole(seed, "a seed", 0, MOST_SEED) for seed in seeds]
+        indices = [_whole(index, "a picture's index", 0, MOST_SEED) for index in indices]
         if not prompts:
-            return np.zeros((0, self.size, self.size), np.uint8)
+            colours = () if self.model.config.data.channels == 1 else (self.model.config.data.channels,)
+            return np.zeros((0, self.size, self.size, *colours), np.uint8)
         different = list(dict.fromkeys(prompts))
         rows = {prompt: row for row, prompt in enumerate(different)}
         parts = []
@@ -188,13 +202,29 @@ class Generator:
 
     def about(self, prompt: str, *, seed: int, index: int, truncation: float) -> dict[str, str]:
         """What the file of a picture says of it."""
+        found = {"prompt": prompt, "seed": str(seed), "index": str(index), "truncation": f"{truncation:g}"}
+        return {**found, **self.provenance}
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """What every picture says of the model."""
         privacy = self.privacy
         found = {
-            "prompt": prompt, "seed": str(seed), "index": str(index), "truncation": f"{truncation:g}",
             "model": self.digest, "epsilon": f"{privacy['epsilon_max']:.4g}", "delta": f"{privacy['delta']}",
             "unit": str(privacy["unit"]), "software": "fedcanvas",
         }  # fmt: skip
         return {**found, "warning": UNVERIFIED} if self.unverified else found
+
+
+def _whole(value: int, what: str, least: int, most: int) -> int:
+    """`UsageError` for what is no whole number (a seed of 1.5 would pass for 1), or out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UsageError(f"{what} is a whole number, not {value!r}") from None
+    if not least <= number <= most:
+        raise UsageError(f"{what} of {number} is not between {least} and {most}")
+    return number
 
 
 def _digest(model: GeneratorModel) -> str:

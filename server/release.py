@@ -14,6 +14,7 @@ from typing import Any
 
 from shared.bundle import CARD, CONFIG, PROMPTS, README, WEIGHTS, Verified, verify, write_bundle
 from shared.bundle import FEDERATION as FEDERATION_FILE
+from shared.config import RunConfig
 from shared.errors import BundleError
 from shared.page import counted
 from shared.privacy.accounting import ADJACENCY
@@ -65,7 +66,7 @@ def release(run: Path, out: Path, *, key: SigningKey, federation: Path | None = 
     card = make_card(model, opened, statements)
     files |= {
         WEIGHTS: (run / "model/generator.safetensors").read_bytes(),
-        CONFIG: to_json(_settings(model)),
+        CONFIG: to_json(_settings(model, opened.config)),
         PROMPTS: "".join(f"{prompt}\n" for prompt in model.prompts).encode(),
         CARD: to_json(card),
         README: card_in_words(card).encode(),
@@ -123,17 +124,18 @@ def _evidence(folder: Path, contents: dict[str, bytes]) -> tuple[bytes, dict[str
     return statement, admissions
 
 
-def _settings(model: GeneratorModel) -> dict[str, Any]:
+def _settings(model: GeneratorModel, config: RunConfig) -> dict[str, Any]:
+    # The run's own settings, which sites signed: a model that was read is set to be drawn with on the CPU.
     return {
         "model_type": "fedcanvas",
         "architectures": ["FedCanvasGenerator"],
         "library_name": "fedcanvas",
         "encoder_fingerprint": model.card["encoder_fingerprint"],
         "embedding_dim": model.encoder.dim,
-        "image_size": model.config.data.image_size,
-        "channels": model.config.data.channels,
-        "latent_dim": model.config.generator.latent_dim,
-        "run": json.loads(model.config.to_json()),
+        "image_size": config.data.image_size,
+        "channels": config.data.channels,
+        "latent_dim": config.generator.latent_dim,
+        "run": json.loads(config.to_json()),
     }
 
 
@@ -210,13 +212,15 @@ def card_in_words(card: dict[str, Any]) -> str:
         for site, about in sorted(privacy["sites"].items())
     )
     limits = "\n".join(f"- {sentence.format(unit=unit)}" for sentence in LIMITS)
-    encoder = card["public"]["text_encoder"]
+    encoder, path = card["public"]["text_encoder"], card["public"]["text_encoder_path"]
+    path = f", {path}" if path else ""
     means = (
         f"What this model may know about any one {unit}: whoever sees it, and all else that was released in this run,"
         f" gains at most a factor of {math.exp(min(privacy['epsilon_max'], 700)):.3g} in the odds that this {unit} was"
         f" among a site's records, but for a chance of {privacy['delta']:.0e}. The smaller epsilon is, the more that"
         " promises; at 8 it rules out little by itself, and what attacks reach has to be measured."
-        if private else "This model was trained **without differential privacy**: it may have learned any record by heart."
+        if private
+        else "This model was trained **without differential privacy**: it may have learned any record by heart."
     )  # fmt: skip
     return f"""\
 ---
@@ -249,7 +253,7 @@ A text-conditioned GAN for pictures of {card["picture"]["size"]} px, trained by 
 ## What it was made of, and is public
 
 - {card["public"]["prompts"]} prompts (`prompts.txt`): every text that the generator has ever seen.
-- Text encoder `{encoder}`{f", {card['public']['text_encoder_path']}" if card["public"]["text_encoder_path"] else ""}, frozen.
+- Text encoder `{encoder}`{path}, frozen.
 - Discriminator `{card["public"]["discriminator"]}`, with fixed features that were fitted on no data.
 
 ## How to use it

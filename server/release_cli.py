@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,12 +54,12 @@ def release(
     if as_json:
         typer.echo(json.dumps({"model": str(out), **_table(made)}))
         return
-    privacy = made.card["privacy"]
+    privacy, place = made.card["privacy"], shlex.quote(str(out))
     typer.echo(
         f"{out} is released: {len(made.statements)} {'simulated sites' if made.simulated else 'sites'},"
         f" {_cost(privacy)}\n"
         f"  signed by  {made.releaser}\n"
-        f"next:\n  fedcanvas verify {out}\n  fedcanvas generate {json.dumps(made.card['example'])} --model {out}"
+        f"next:\n  fedcanvas verify {place}\n  fedcanvas generate {shlex.quote(made.card['example'])} --model {place}"
     )
 
 
@@ -80,10 +81,11 @@ def verify(
     if as_json:
         typer.echo(json.dumps({"model": str(model), **_table(found)}))
         return
-    lines = [f"{model}: run {found.card['run_id']} of federation {found.card['federation']}, {_cost(found.card['privacy'])}"]
+    card = found.card
+    lines = [f"{model}: run {card['run_id']} of federation {card['federation']}, {_cost(card['privacy'])}"]
     lines += [f"  signed by  {found.releaser}"]
     for site, statement in sorted(found.statements.items()):
-        epsilon = found.card["privacy"]["sites"][site]["epsilon"]
+        epsilon = card["privacy"]["sites"][site]["epsilon"]
         lines.append(
             f"  {site:<12} epsilon {epsilon:.4g}: {len(statement.charges)} charges, {statement.steps} noised steps"
         )

@@ -19,17 +19,17 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from shared.config import RunConfig
-from shared.disk import fsync_folder, make_folder, write_whole
-from shared.errors import BundleError, ConfigError, RunDirectoryError, TrustError
+from shared.disk import write_folder
+from shared.errors import BundleError, FedCanvasError, RunDirectoryError
+from shared.privacy.plan import plan_without_noise
 from shared.protection.federation import Federation, SiteKeys
 from shared.protection.keys import SigningKey, VerifyKey, fingerprint
 from shared.protection.statements import canonical, read_statement, sign_statement
@@ -44,6 +44,9 @@ FIXED = {WEIGHTS: 2**29, CONFIG: 2**22, PROMPTS: 2**26, CARD: 2**22, README: 2**
 STATEMENT_BYTES, MOST_SITES = 2**20, 2**14
 _OF_A_SITE = re.compile(r"(statements|admissions)/([A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?)\.json")
 _TYPES = {"format": int, "run": str, "released": str, "files": dict, "signing-key": str}
+_OF_THE_PLAN = (
+    "private", "delta", "unit", "sampling_rate", "noise_multiplier", "warm_start_noise_multiplier", "clipping_norm",
+)  # fmt: skip
 CLOSE = 1e-3  # relative: another release's accountants may compute a little otherwise
 
 
@@ -94,7 +97,7 @@ class Verified:
                 " by whoever simulated it: they show that the files fit together, and nothing about real institutions."
             )
         if self.epsilon is not None:
-            found.append(f"Epsilon, computed again from these statements, is {_figure(self.epsilon)}, as the card says.")
+            found.append(f"Epsilon, computed again from the statements, is {_figure(self.epsilon)}, as the card says.")
         found.append("The last head of every site's ledger is the one that its last answer in the run carried.")
         return found
 
@@ -124,26 +127,16 @@ def write_bundle(
     Raises:
         BundleError: `out` is there already, or cannot be written.
     """
-    if out.exists():
-        raise BundleError(f"{out} is there already", hint="name a new folder: a released model is never changed")
-    partial = out.with_name(f".{out.name}.partial")
     fields = {
         "format": FORMAT, "run": run, "released": (released or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
         "signing-key": key.public.text,
     }  # fmt: skip
+    manifest = json.dumps(sign_statement("bundle", fields, key), indent=2, sort_keys=True).encode() + b"\n"
     try:
-        _remove(partial)
-        make_folder(partial, durable=True)
-        for name, content in files.items():
-            write_whole(partial / name, content)
-        manifest = json.dumps(sign_statement("bundle", fields, key), indent=2, sort_keys=True).encode() + b"\n"
-        write_whole(partial / MANIFEST, manifest)
-        partial.rename(out)
-        fsync_folder(out.parent)
-    except (OSError, RunDirectoryError) as error:
-        _remove(partial)
-        raise BundleError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        write_folder(out, {**files, MANIFEST: manifest})
+    except RunDirectoryError as error:
+        raise BundleError(error.message, hint=error.hint) from None
 
 
 def verify(folder: Path, *, releaser: str = "", recompute: bool = True) -> Verified:
@@ -159,9 +152,9 @@ def verify(folder: Path, *, releaser: str = "", recompute: bool = True) -> Verif
         return _verify(folder, releaser, recompute)
     except BundleError:
         raise
-    except (TrustError, ConfigError) as error:
+    except FedCanvasError as error:  # a statement that is none, settings that cannot be, noise of no known price
         raise BundleError(f"{folder}: {error.message}", hint=error.hint or _ALTERED) from None
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+    except _UNREADABLE as error:
         raise BundleError(f"{folder}: the card or the settings cannot be read ({type(error).__name__})") from None
 
 
@@ -177,6 +170,8 @@ def load_bundle(verified: Verified) -> GeneratorModel:
     )  # fmt: skip
 
 
+# What a card or settings of any other form make of the lines that read them.
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError)
 _ALTERED = "it was altered, or is not whole: get it again from whoever released it, and use nothing of this copy"
 
 
@@ -196,15 +191,12 @@ def _verify(folder: Path, releaser: str, recompute: bool) -> Verified:
             raise BundleError(f"{folder}: the statement of site {site} is of another run, other settings or prompts")
         if statement.simulated != (federation is None):
             raise BundleError(f"{folder}: the statement of site {site} is of a simulated site among real ones, or none")
+        _check_terms(folder, site, statement, config)
     sites = card["privacy"]["sites"]
     if card["run_id"] != manifest["run"] or set(sites) != set(statements):
         raise BundleError(f"{folder}: the card and the statements are not about the same run and sites", hint=_ALTERED)
     for site, statement in statements.items():
-        if sites[site]["head"] != statement.head:
-            raise BundleError(
-                f"{folder}: the statement of site {site} does not end where its last answer did",
-                hint="it is older than the run's end, or leaves charges out: ask the site for its newest",
-            )
+        _check_card(folder, site, statement, card["privacy"])
     epsilon = _recomputed(folder, card, statements) if recompute else None
     return Verified(
         folder, card, key, federation.fingerprint if federation else "", statements,
@@ -218,7 +210,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         raise BundleError(f"there is no folder {folder}")
     if not is_bundle(folder):
         raise BundleError(
-            f"{folder} is no released model: it has no {MANIFEST}", hint="`fedcanvas release RUN --out FOLDER` makes one"
+            f"{folder} is no released model: it has no {MANIFEST}",
+            hint="`fedcanvas release RUN --out FOLDER` makes one",
         )
     content = _content(folder / MANIFEST, 2**22)
     try:
@@ -304,14 +297,45 @@ def _statements(files: Mapping[str, bytes], federation: Federation | None) -> di
     return found
 
 
+def _check_terms(folder: Path, site: str, statement: SpendStatement, config: RunConfig) -> None:
+    """`BundleError` unless plan and charges are such as the run's settings make: the head does not hold the steps."""
+    plan, local_steps = statement.plan, config.federation.local_steps
+    bare = replace(plan, noise_multiplier=0.0, warm_start_noise_multiplier=None)
+    noise = [plan.noise_multiplier] if plan.private else []
+    if plan.private and config.warm_start.enabled:
+        noise.append(plan.warm_start_noise_multiplier or 0.0)
+    elif plan.warm_start_noise_multiplier is not None:
+        raise BundleError(f"{folder}: the plan of site {site} has a warm start, and the run has none")
+    if bare != plan_without_noise(config) or not all(0 < one < math.inf for one in noise):
+        raise BundleError(f"{folder}: the plan of site {site} is not one that the run's settings make")
+    step = ("gradient" if local_steps == 1 else "update", local_steps)
+    for server_round, _, release, steps, *_ in statement.charges:
+        first = server_round == 0  # the warm start
+        if server_round > config.federation.rounds or (release, steps) != (("moments", 0) if first else step):
+            raise BundleError(f"{folder}: a charge of site {site} is not of a round of this run")
+
+
+def _check_card(folder: Path, site: str, statement: SpendStatement, privacy: Mapping[str, Any]) -> None:
+    """`BundleError` unless what the card says of privacy, but for epsilon, is what the site signed."""
+    told, plan = privacy["sites"][site], statement.plan
+    if told["head"] != statement.head:
+        raise BundleError(
+            f"{folder}: the statement of site {site} does not end where its last answer did",
+            hint="it is older than the run's end, or leaves charges out: ask the site for its newest",
+        )
+    for name in _OF_THE_PLAN:
+        if privacy[name] != getattr(plan, name):
+            raise BundleError(f"{folder}: the card has another {name.replace('_', ' ')} than the plan of site {site}")
+    if (told["steps"], told["unsampled_releases"]) != (statement.steps, statement.unsampled):
+        raise BundleError(f"{folder}: the card has another number of steps of site {site} than its statement")
+
+
 def _recomputed(folder: Path, card: Mapping[str, Any], statements: Mapping[str, SpendStatement]) -> float:
     """The largest epsilon of a site, once each is what the card says."""
     privacy, largest = card["privacy"], 0.0
     for site, statement in statements.items():
         report = statement.epsilon()
         told = float(privacy["sites"][site]["epsilon"])
-        if statement.plan.delta != privacy["delta"] or statement.plan.unit != privacy["unit"]:
-            raise BundleError(f"{folder}: the card names another delta or unit than site {site}")
         if not _close(told, report.epsilon):
             raise BundleError(
                 f"{folder}: the card says epsilon {_figure(told)} for site {site}, its statement makes"
@@ -331,10 +355,6 @@ def _figure(value: float) -> str:
     return "infinite" if math.isinf(value) else f"{value:.4g}"
 
 
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def read_unverified(folder: Path) -> GeneratorModel:
     """The generator of a folder that looks like a released model, whatever its evidence; reading it runs no code.
 
@@ -345,5 +365,9 @@ def read_unverified(folder: Path) -> GeneratorModel:
     try:
         card = json.loads(files[CARD])
         return load_bundle(Verified(folder, card, "", "", {}, "", files=files))
-    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
+    except BundleError:
+        raise
+    except FedCanvasError as error:
+        raise BundleError(f"{folder} cannot be read: {error.message}", hint=error.hint) from None
+    except _UNREADABLE as error:
         raise BundleError(f"{folder} cannot be read ({type(error).__name__})") from None

@@ -51,6 +51,7 @@ COMMANDS = {
     "generate": LazyCommand("server.cli:generate", "pictures from prompts, by the model of a finished run"),
     "release": LazyCommand("server.release_cli:release", "a finished run as a folder to share, with signed evidence"),
     "verify": LazyCommand("server.release_cli:verify", "whether a released model is whole, and what it cost"),
+    "export": LazyCommand("server.export_cli:export", "a model for onnxruntime: neither fedcanvas nor torch is needed"),
     "evaluate": LazyCommand("server.evaluate_cli:evaluate", "figures of a finished run, against public pictures"),
     "compare": LazyCommand("server.evaluate_cli:compare", "evaluated runs side by side: which differences are real"),
     "report": LazyCommand("server.cli:report", "one HTML file about a run: curves, samples, epsilon"),

@@ -1,10 +1,11 @@
-"""Files that appear whole, waiting until the disk holds contents and names, and one process at a time in a folder."""
+"""Files and folders that appear whole, waiting until the disk holds contents and names, and locks of a folder."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,3 +84,25 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> Path:
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error.strerror or error}") from None
     return path
+
+
+def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
+    """The new folder `out` with `files`, by names below it: whole, or not there.
+
+    Raises:
+        RunDirectoryError: something is at `out` already, or it cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        raise RunDirectoryError(f"{out} is there already", hint="name a new folder: nothing is written over")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        make_folder(partial, durable=True)
+        for name, content in files.items():
+            write_whole(partial / name, content)
+        partial.rename(out)
+        fsync_folder(out.parent)
+    except (OSError, RunDirectoryError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.message if isinstance(error, RunDirectoryError) else error.strerror or error
+        raise RunDirectoryError(f"{out} cannot be written: {reason}") from None

@@ -110,7 +110,7 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 )
-_PIECES = re.compile(f"[{UNSPACED}]|[^{UNSPACED}]+")
+PIECES = re.compile(f"[{UNSPACED}]|[^{UNSPACED}]+")
 
 
 class HashingEncoder:
@@ -157,7 +157,7 @@ def split_words(text: str) -> list[str]:
     "Ein GROSSER roter Kreis!" -> ["ein", "grosser", "roter", "kreis"]; "红色圆" -> ["红", "色", "圆"].
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return [piece for run in _runs(folded) for piece in _PIECES.findall(run)]
+    return [piece for run in _runs(folded) for piece in PIECES.findall(run)]
 
 
 def _runs(text: str) -> Iterator[str]:

@@ -46,7 +46,7 @@ class FilmGenerator(Generator):
     def forward(self, latents: Tensor, conditioning: Tensor) -> Tensor:
         joint = torch.cat([latents, TEXT_SCALE * conditioning], dim=1)
         style = self.mapping(joint)  # (B, K)
-        maps = self.start(joint).view(len(joint), -1, self.base, self.base)
+        maps = self.start(joint).view(joint.shape[0], -1, self.base, self.base)
         maps = maps.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             maps = block(maps, style)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -114,11 +114,9 @@ def make_plan(config: RunConfig) -> PrivacyPlan:
             f" sums is bounded up to {LARGEST_SUM // 2}",
             hint="lower privacy.sampling-rate, or spread the records over more sites",
         )
-    steps = federation.rounds * federation.local_steps
-    reserved_steps = steps + privacy.retry_slack * federation.local_steps
-    private = privacy.name == "dp-sgd"
+    plan = plan_without_noise(config)
     noise_multiplier, warm_start = 0.0, None
-    if private:
+    if plan.private:
         per_site = federation.published_records / federation.sites
         if privacy.delta * per_site >= 1:
             raise PrivacyError(
@@ -129,18 +127,25 @@ def make_plan(config: RunConfig) -> PrivacyPlan:
         share = config.warm_start.epsilon_share if config.warm_start.enabled else 0.0
         with _CALIBRATION:  # sites of one process ask at the same time; one of them computes
             noise_multiplier, warm_start = _calibrated(
-                privacy.sampling_rate, reserved_steps, privacy.target_epsilon, privacy.delta, share
+                privacy.sampling_rate, plan.reserved_steps, privacy.target_epsilon, privacy.delta, share
             )
+    return replace(plan, noise_multiplier=noise_multiplier, warm_start_noise_multiplier=warm_start)
+
+
+def plan_without_noise(config: RunConfig) -> PrivacyPlan:
+    """All of a plan that needs no accountant: equal in every release, whatever its accountants compute."""
+    privacy, federation = config.privacy, config.federation
+    steps = federation.rounds * federation.local_steps
     return PrivacyPlan(
-        private=private,
-        noise_multiplier=noise_multiplier,
+        private=privacy.name == "dp-sgd",
+        noise_multiplier=0.0,
         sampling_rate=privacy.sampling_rate,
         clipping_norm=privacy.clipping_norm,
         expected_batch_size=config.expected_batch_size,
         steps=steps,
-        reserved_steps=reserved_steps,
+        reserved_steps=steps + privacy.retry_slack * federation.local_steps,
         delta=privacy.delta,
-        warm_start_noise_multiplier=warm_start,
+        warm_start_noise_multiplier=None,
         unit=privacy.unit,
         sites=federation.sites,
     )
