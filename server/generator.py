@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from shared.bundle import CARD, is_bundle, load_bundle, read_unverified, verify
+from shared.bundle import CARD, UNREADABLE, is_bundle, load_bundle, read_unverified, verify
 from shared.errors import BundleError, UsageError
 from shared.prompts import clean_prompt
 from shared.rundir import GeneratorModel, load_model
@@ -105,8 +105,8 @@ class Generator:
             digest = weights_digest(model.generator)
             made = cls(model, name=path.resolve().name, digest=digest, line=line, unverified=True)
             try:
-                assert made.provenance
-            except (KeyError, TypeError, ValueError):
+                assert made.provenance and made.privacy["adjacency"]
+            except UNREADABLE:
                 raise BundleError(f"{path / CARD} does not say what the model cost in privacy") from None
             return made
         verified = verify(path, recompute=False)

@@ -154,7 +154,7 @@ def verify(folder: Path, *, releaser: str = "", recompute: bool = True) -> Verif
         raise
     except FedCanvasError as error:  # a statement that is none, settings that cannot be, noise of no known price
         raise BundleError(f"{folder}: {error.message}", hint=error.hint or _ALTERED) from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise BundleError(f"{folder}: the card or the settings cannot be read ({type(error).__name__})") from None
 
 
@@ -171,7 +171,7 @@ def load_bundle(verified: Verified) -> GeneratorModel:
 
 
 # What a card or settings of any other form make of the lines that read them.
-_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError)
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError)
 _ALTERED = "it was altered, or is not whole: get it again from whoever released it, and use nothing of this copy"
 
 
@@ -369,5 +369,5 @@ def read_unverified(folder: Path) -> GeneratorModel:
         raise
     except FedCanvasError as error:
         raise BundleError(f"{folder} cannot be read: {error.message}", hint=error.hint) from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise BundleError(f"{folder} cannot be read ({type(error).__name__})") from None
