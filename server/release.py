@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -260,13 +261,13 @@ A text-conditioned GAN for pictures of {card["picture"]["size"]} px, trained by 
 
 ```
 fedcanvas verify .
-fedcanvas generate "{card["example"]}" --model .
+fedcanvas generate {shlex.quote(card["example"])} --model .
 ```
 
 ```python
 from fedcanvas import Generator
 
-pictures = Generator.load(".").generate(["{card["example"]}"], seed=1)
+pictures = Generator.load(".").generate({json.dumps([card["example"]], ensure_ascii=False)}, seed=1)
 ```
 """
 

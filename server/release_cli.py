@@ -85,10 +85,8 @@ def verify(
     lines = [f"{model}: run {card['run_id']} of federation {card['federation']}, {_cost(card['privacy'])}"]
     lines += [f"  signed by  {found.releaser}"]
     for site, statement in sorted(found.statements.items()):
-        epsilon = card["privacy"]["sites"][site]["epsilon"]
-        lines.append(
-            f"  {site:<12} epsilon {epsilon:.4g}: {len(statement.charges)} charges, {statement.steps} noised steps"
-        )
+        epsilon = float(card["privacy"]["sites"][site]["epsilon"])  # JSON has no infinity: the text "inf"
+        lines.append(f"  {site:<12} epsilon {epsilon:.4g}: {len(statement.charges)} charges, {statement.steps} steps")
     lines += ["shown:", *(f"  - {line}" for line in found.proved)]
     lines += ["to be trusted:", *(f"  - {line}" for line in found.trusted)]
     typer.echo("\n".join(lines))

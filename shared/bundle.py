@@ -193,6 +193,8 @@ def _verify(folder: Path, releaser: str, recompute: bool) -> Verified:
             raise BundleError(f"{folder}: the statement of site {site} is of a simulated site among real ones, or none")
         _check_terms(folder, site, statement, config)
     sites = card["privacy"]["sites"]
+    if not all(type(card[name]) is str for name in ("name", "federation", "example")):
+        raise BundleError(f"{folder}: the card names no model, federation or prompt")
     if card["run_id"] != manifest["run"] or set(sites) != set(statements):
         raise BundleError(f"{folder}: the card and the statements are not about the same run and sites", hint=_ALTERED)
     for site, statement in statements.items():

@@ -19,7 +19,7 @@ from server.release import release
 from shared.config import RunConfig, Scalar
 from shared.models import build_discriminator, build_generator
 from shared.privacy.accounting import EpsilonReport
-from shared.privacy.plan import PrivacyPlan, make_plan
+from shared.privacy.plan import make_plan
 from shared.protection.federation import Federation, SiteKeys
 from shared.protection.keys import SigningKey, VerifyKey, read_node_key, write_node_key
 from shared.protection.statements import canonical
@@ -144,7 +144,3 @@ def admission(federation: str, site: str, signing: VerifyKey, identity: SigningK
         write_node_key(Path(folder) / "node.pem")
         node = read_node_key(Path(folder) / "node.pem")
     return SiteKeys(federation, site, signing, node).admission(identity)
-
-
-def plan_of(path: Path) -> PrivacyPlan:
-    return make_plan(RunDirectory.open(path).config)

@@ -1,0 +1,288 @@
+"""An export alone, with numpy, onnxruntime and Pillow, draws what the model draws; it appears whole or not at all."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+from signed_release import signed_run
+
+from fedcanvas import Generator
+from server import export
+from server.export import export_onnx
+from shared import disk
+from shared.cli import run
+from shared.errors import RunDirectoryError, UsageError
+from shared.models import draw_latents
+from shared.text import FUNCTION_WORDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = [
+    "a large red circle on a white background", "Ein GROSSER roter Kreis!", "红色的圆 🟥", "دائرة حمراء على خلفية",
+    "zyzzyva", "the of", "?!", "  ＡＢＣ ﬁ é e\u0301 ❤\ufe0f ß ก็ส้ม 3rd\u00a0of  ", "क्षत्रिय \u200d x" + "y" * 400,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the released model `model` and its export `onnx`."""
+    folder = tmp_path_factory.mktemp("export")
+    signed_run(folder / "runs/a", {"privacy.sampling-rate": 1.0}).release(folder / "model")
+    assert run(["export", str(folder / "model"), "--format", "onnx", "--out", str(folder / "onnx")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(place: Path) -> Generator:
+    return Generator.load(place / "model")
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """The exporter takes seconds; what comes after it does not depend on its work."""
+    graph = (place / "onnx/generator.onnx").read_bytes()
+    monkeypatch.setattr(export, "_graph", lambda generator: graph)
+
+
+def drawn_alone(folder: Path, tmp_path: Path, *arguments: str) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """Pictures and text entries of the folder's own script, in a process that knows nothing of the project."""
+    out = tmp_path / "pictures"
+    command = [sys.executable, "-I", "-W", "error", str(folder / "generate.py"), "--out", str(out), *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    found = []
+    for path in sorted(out.iterdir()):
+        with Image.open(path) as image:
+            found.append((np.asarray(image), dict(image.info)))
+    return found
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> int:
+    assert one.shape == other.shape
+    return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())
+
+
+# ---- the same pictures
+
+
+@pytest.mark.parametrize(("seed", "truncation"), [(0, 1.0), (7, 0.6), (2**63 - 1, 0.0)])
+def test_the_folder_alone_draws_the_models_pictures(
+    place: Path, generator: Generator, tmp_path: Path, seed: int, truncation: float
+) -> None:
+    alone = drawn_alone(
+        place / "onnx", tmp_path, *PROMPTS, "--n", "3", "--seed", str(seed), "--truncation", str(truncation)
+    )
+    expected = generator.generate(PROMPTS, n=3, seed=seed, truncation=truncation)
+    assert len(alone) == len(expected) == 3 * len(PROMPTS)
+    for (pixels, about), picture in zip(alone, expected, strict=True):
+        assert apart(pixels, picture.array) <= 1
+        assert about == picture.about
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 64, 130])
+def test_the_graph_takes_any_number_of_pictures(place: Path, generator: Generator, count: int) -> None:
+    session = onnxruntime.InferenceSession(str(place / "onnx/generator.onnx"))
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    latents = draw_latents(3, range(count), 8).numpy()
+    text = generator.model.encoder.encode(prompts).numpy()
+    (pictures,) = session.run(None, {"latents": latents, "text": text})
+    assert pictures.dtype == np.uint8
+    expected = generator.arrays(prompts, seeds=[3] * count, indices=range(count))
+    assert apart(pictures, expected) <= 1
+
+
+def test_the_scripts_encoder_is_the_models(place: Path, generator: Generator) -> None:
+    # Its function alone, without the lines that draw.
+    tree = ast.parse((place / "onnx/generate.py").read_text(encoding="utf-8"))
+    parts = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)]
+    names: dict[str, Any] = {"ENCODER": json.loads((place / "onnx/encoder.json").read_text(encoding="utf-8"))}
+    exec(compile(ast.Module(parts, []), "generate.py", "exec"), names)
+    rng = np.random.default_rng(0)
+    alphabet = [*"abc ABC äß ..,-!", *"红圆の가ก้क्", "🟥", "\ufe0f", "\u200d", "\u0301", "ﬁ", *sorted(FUNCTION_WORDS)]
+    texts = ["".join(rng.choice(alphabet, size=rng.integers(1, 30))).strip() or "x" for _ in range(300)]
+    rows = generator.model.encoder.encode([*texts, *PROMPTS]).numpy()
+    for text, row in zip([*texts, *PROMPTS], rows, strict=True):
+        np.testing.assert_array_equal(names["embedding"](text), row, err_msg=repr(text))
+
+
+def test_the_encoder_table_holds_all_that_the_fingerprint_is_of(place: Path, generator: Generator) -> None:
+    table = json.loads((place / "onnx/encoder.json").read_text(encoding="utf-8"))
+    parts = ("hashing", table["version"], table["dim"], table["word_weight"], table["pair_weight"],
+             table["pair_reach"], table["function_words"])  # fmt: skip
+    assert hashlib.sha256(json.dumps(parts).encode()).hexdigest() == table["fingerprint"]
+    assert table["fingerprint"] == generator.model.card["public"]["encoder_fingerprint"]
+
+
+# ---- the folder
+
+
+def test_the_script_is_short_and_needs_three_packages(place: Path) -> None:
+    text = (place / "onnx/generate.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    code = [line for line in text.splitlines() if line.strip()]
+    assert len(code) - 1 <= 40  # but for the docstring, which is one line
+    assert max(map(len, code)) <= 120
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in imported if name not in sys.stdlib_module_names} == {"numpy", "onnxruntime", "PIL"}
+
+
+def test_the_folder_holds_card_prompts_and_what_it_cost(place: Path, generator: Generator) -> None:
+    folder = place / "onnx"
+    assert {path.name for path in folder.iterdir()} == {
+        "generator.onnx", "encoder.json", "generate.py", "card.json", "prompts.txt", "README.md",
+    }  # fmt: skip
+    assert json.loads((folder / "card.json").read_text()) == json.loads((place / "model/card.json").read_text())
+    assert (folder / "prompts.txt").read_bytes() == (place / "model/prompts.txt").read_bytes()
+    text = (folder / "README.md").read_text()
+    assert f"epsilon {generator.privacy['epsilon_max']:.4g} at delta 0.0001, add/remove one example" in text
+    assert generator.digest in text
+    assert "NOT VERIFIED" not in text
+
+
+def test_the_graph_is_sound_and_says_nothing_of_the_machine_that_made_it(place: Path, generator: Generator) -> None:
+    content = (place / "onnx/generator.onnx").read_bytes()
+    model = onnx.load_from_string(content)
+    onnx.checker.check_model(model, full_check=True)
+    assert {entry.key: entry.value for entry in model.metadata_props} == generator.provenance
+    assert {domain.domain for domain in model.opset_import} == {""}  # no operators but ONNX's own
+    for trace in (str(ROOT), "film_generator", "site-packages", "torch"):
+        assert trace.encode() not in content
+    free = [value.type.tensor_type.shape.dim[0].dim_param for value in (*model.graph.input, *model.graph.output)]
+    assert free == ["pictures"] * 3
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_command_says_what_was_verified_and_how_near_the_pictures_are(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(place / "model"), "--out"]
+    assert run([*command, str(tmp_path / "one"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["difference"] <= 1
+    assert told["folder"] == str(tmp_path / "one")
+    assert f"{place / 'model'}: signed by " in err
+    assert run([*command, str(tmp_path / "two")]) == 0
+    assert "of 255 at most\nnext:\n  python " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_same_model_gives_the_same_files(place: Path, generator: Generator, tmp_path: Path) -> None:
+    export_onnx(generator, tmp_path / "again")
+    for path in (place / "onnx").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.channels": 1, "data.image-size": 28, "discriminator.name": "front", "generator.width": 16},
+        {"generator.attention": True, "data.image-size": 32, "discriminator.name": "front", "text.dim": 37},
+    ],
+    ids=["grey", "attention"],
+)
+def test_other_shapes_of_models_are_exported_too(tmp_path: Path, changes: dict[str, Any]) -> None:
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0, **changes})
+    generator = Generator.load(made.path)
+    assert export_onnx(generator, tmp_path / "onnx") <= 1
+    alone = drawn_alone(tmp_path / "onnx", tmp_path, *PROMPTS, "--n", "2", "--seed", "4")
+    for (pixels, about), picture in zip(alone, generator.generate(PROMPTS, n=2, seed=4), strict=True):
+        assert apart(pixels, picture.array) <= 1
+        assert about == picture.about
+
+
+# ---- what is refused
+
+
+def test_an_altered_model_is_exported_only_unverified_and_says_so_from_then_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered = Path(shutil.copytree(place / "model", tmp_path / "altered"))
+    card = json.loads((altered / "card.json").read_text())
+    card["privacy"]["epsilon_max"] = 0.01
+    (altered / "card.json").write_text(json.dumps(card))
+    command = ["export", str(altered), "--out", str(tmp_path / "onnx")]
+    assert run(command) == 10
+    assert "card.json is not the file that was released" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
+    assert run([*command, "--unverified"]) == 0
+    assert "NOT VERIFIED" in capsys.readouterr().err
+    assert "NOT VERIFIED" in (tmp_path / "onnx/README.md").read_text()
+    ((_, about),) = drawn_alone(tmp_path / "onnx", tmp_path, "a star")
+    assert about["warning"] == "UNVERIFIED"
+
+
+def test_an_unknown_format_or_a_folder_that_is_there_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(place / "model"), "--format", "onyx", "--out", str(tmp_path / "x")]) == 2
+    assert "did you mean 'onnx'?" in capsys.readouterr().err
+    assert run(["export", str(place / "model"), "--out", str(tmp_path)]) == 8
+    assert "is there already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_disk_that_fills_up_half_way_leaves_nothing(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def write(path: Path, content: bytes, **options: Any) -> Path:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, content, **options)
+
+    whole = disk.write_whole
+    monkeypatch.setattr(disk, "write_whole", write)
+    with pytest.raises(RunDirectoryError, match="onnx cannot be written: No space left on device"):
+        export_onnx(generator, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_graph_that_draws_other_pictures_is_not_written(
+    place: Path, tmp_path: Path
+) -> None:
+    other = Generator.load(place / "model")
+    next(iter(other.model.generator.parameters())).mul_(1.05)
+    with pytest.raises(RunDirectoryError, match="draws other pictures than the model, up to"):
+        export_onnx(other, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_encoder_than_the_hashing_one_is_refused_in_words(
+    generator: Generator, tmp_path: Path
+) -> None:
+    class Pretrained:
+        dim = 64
+
+    changed = generator.model.config.replaced({"text.encoder": "transformers", "text.path": "some/model"})
+    model = type(generator.model)(generator.model.generator, Pretrained(), changed, generator.prompts, {})  # type: ignore[arg-type]
+    other = Generator(model, name="x", digest="0" * 64, line="")
+    with pytest.raises(UsageError, match="the text encoder of this model is 'transformers'"):
+        export_onnx(other, tmp_path / "onnx")
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="an export needs onnx, onnxscript, onnxruntime") as caught:
+        export_onnx(generator, tmp_path / "onnx")
+    assert caught.value.hint == "pip install 'fedcanvas[export]'"
