@@ -22,6 +22,7 @@ EXIT_CODES = {
     "RunDirectoryError": 8,
     "PromptError": 9,
     "TrustError": 10,
+    "BundleError": 10,
 }
 
 
