@@ -61,6 +61,9 @@ PLACES = {
     "matplotlib": {"server.charts", "server.sheet", "server.plan_cli"},
     "pydantic": {"shared.config", "client.settings", "client.policy"},
     "safetensors": {"shared.rundir", "shared.metrics"},
+    "PIL": {"server.generator", "server.onnx_generate"},
+    "onnx": {"server.export"},
+    "onnxruntime": {"server.export", "server.onnx_generate"},
 }
 
 # Reading weights or data runs no code: tensors are safetensors, everything else is JSON, TOML, PNG or plain arrays.
@@ -226,6 +229,11 @@ def test_nothing_at_a_site_measures_quality() -> None:
 def test_the_command_line_loads_nothing_heavy_until_it_is_needed() -> None:
     loaded = loaded_after("import shared.cli")
     assert not {top(name) for name in loaded} & {"torch", "flwr", "opacus", "cv2", "transformers", "matplotlib", "ray"}
+
+
+def test_reading_a_released_model_loads_neither_flower_nor_what_exports_it() -> None:
+    loaded = loaded_after("import fedcanvas")
+    assert not {top(name) for name in loaded} & {"flwr", "ray", "opacus", "onnx", "onnxscript", "onnxruntime", "cv2"}
 
 
 def test_asking_about_private_data_loads_no_code_of_a_site_until_it_is_done() -> None:
