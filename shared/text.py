@@ -225,6 +225,23 @@ class TransformersEncoder:
         unit: Tensor = pooled / norm
         return unit
 
+    def for_export(self) -> tuple[nn.Module, int, str]:
+        """The text model, the most tokens that it gets, and its tokenizer as `tokenizers` reads it, cut to so many.
+
+        Raises:
+            DataError: the tokenizer is of Python code, which no file describes.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                f"the tokenizer {type(self._tokenizer).__name__} is of Python code and has no tokenizer.json",
+                hint="save the model with a fast tokenizer, and train with that",
+            )
+        cut = type(backend).from_str(backend.to_str())
+        cut.enable_truncation(self._max_tokens, direction=self._tokenizer.truncation_side)
+        cut.no_padding()
+        return self._model, self._max_tokens, str(cut.to_str())
+
     @torch.no_grad()
     def _pooled(self, text: str) -> Tensor:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which tokenizers refuse

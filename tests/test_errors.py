@@ -21,8 +21,7 @@ EXIT_CODES = {
     "FederationError": 7,
     "RunDirectoryError": 8,
     "PromptError": 9,
-    "TrustError": 10,
-    "BundleError": 10,
+    "TrustError": 10, "BundleError": 10,
 }
 
 

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import onnxruntime
 import pytest
 from PIL import Image
 from signed_release import signed_run
+from test_text import tiny_model, tiny_tokenizer
 
 from fedcanvas import Generator
 from server import export
 from server.export import export_onnx
 from shared import disk
 from shared.cli import run
-from shared.errors import RunDirectoryError, UsageError
+from shared.errors import DataError, RunDirectoryError, UsageError
 from shared.models import draw_latents
-from shared.text import FUNCTION_WORDS
+from shared.text import FUNCTION_WORDS, TransformersEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [
@@ -267,17 +269,69 @@ def test_a_graph_that_draws_other_pictures_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_encoder_than_the_hashing_one_is_refused_in_words(
-    generator: Generator, tmp_path: Path
-) -> None:
-    class Pretrained:
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with its tokenizer, as save_pretrained writes them."""
+    from shared.text import quiet_transformers
+
+    quiet_transformers()
+    folder = tmp_path_factory.mktemp("clip")
+    tiny_model("clip").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_with_a_pretrained_text_encoder_is_exported_with_it(pretrained: Path, tmp_path: Path) -> None:
+    settings = {"text.encoder": "transformers", "text.path": str(pretrained), "text.max-tokens": 6}
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0, **settings})
+    generator = Generator.load(made.path)
+    assert export_onnx(generator, tmp_path / "onnx") <= 1
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {
+        "generator.onnx", "text.onnx", "tokenizer.json", "generate.py", "card.json", "prompts.txt", "README.md",
+    }  # fmt: skip
+    for word in (str(ROOT), "site-packages", str(pretrained)):
+        assert word.encode() not in (tmp_path / "onnx/text.onnx").read_bytes()
+    shutil.rmtree(pretrained)  # the folder alone
+    prompts = ["a red circle", "red red circle a blue star a red circle", "unknown", "红色的圆"]
+    alone = drawn_alone(tmp_path / "onnx", tmp_path, *prompts, "--n", "2", "--seed", "4")
+    expected = generator.generate(prompts, n=2, seed=4)
+    assert len({picture.array.tobytes() for picture in expected}) > 4
+    for (pixels, about), picture in zip(alone, expected, strict=True):
+        assert apart(pixels, picture.array) <= 1
+        assert about == picture.about
+
+
+def test_both_scripts_draw_in_the_same_way() -> None:
+    texts = [(ROOT / f"server/{name}.py").read_text() for name in ("onnx_generate", "onnx_generate_tokens")]
+    one, other = (text[text.index("parser = ") :] for text in texts)
+    assert one == other
+    assert len([line for line in texts[1].splitlines() if line.strip()]) <= 40
+
+
+@pytest.mark.usefixtures("_quick")
+def test_an_encoder_that_cannot_be_exported_is_refused_in_words(generator: Generator, tmp_path: Path) -> None:
+    class Other:
         dim = 64
 
-    changed = generator.model.config.replaced({"text.encoder": "transformers", "text.path": "some/model"})
-    model = type(generator.model)(generator.model.generator, Pretrained(), changed, generator.prompts, {})  # type: ignore[arg-type]
-    other = Generator(model, name="x", digest="0" * 64, line="")
-    with pytest.raises(UsageError, match="the text encoder of this model is 'transformers'"):
-        export_onnx(other, tmp_path / "onnx")
+        def encode(self, texts: list[str]) -> Any: ...
+
+    def with_encoder(encoder: Any) -> Generator:
+        return Generator(replace(generator.model, encoder=encoder), name="x", digest="0" * 64, line="")
+
+    with pytest.raises(UsageError, match="is none that can be exported"):
+        export_onnx(with_encoder(Other()), tmp_path / "onnx")
+
+    class InPython:
+        """Has no `backend_tokenizer`."""
+
+        truncation_side = "right"
+
+    slow = TransformersEncoder.__new__(TransformersEncoder)
+    slow._tokenizer = InPython()
+    with pytest.raises(DataError, match="the tokenizer InPython is of Python code"):
+        export_onnx(with_encoder(slow), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(

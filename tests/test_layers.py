@@ -61,9 +61,10 @@ PLACES = {
     "matplotlib": {"server.charts", "server.sheet", "server.plan_cli"},
     "pydantic": {"shared.config", "client.settings", "client.policy"},
     "safetensors": {"shared.rundir", "shared.metrics"},
-    "PIL": {"server.generator", "server.onnx_generate"},
+    "PIL": {"server.generator", "server.onnx_generate", "server.onnx_generate_tokens"},
     "onnx": {"server.export"},
-    "onnxruntime": {"server.export", "server.onnx_generate"},
+    "onnxruntime": {"server.export", "server.onnx_generate", "server.onnx_generate_tokens"},
+    "tokenizers": {"server.export", "server.onnx_generate_tokens"},
 }
 
 # Reading weights or data runs no code: tensors are safetensors, everything else is JSON, TOML, PNG or plain arrays.
