@@ -31,10 +31,11 @@ from shared.rundir import GeneratorModel, load_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 MOST_SEED = 2**63 - 1
 MOST_PICTURES = 100_000
-BATCH = 64
+ROWS = 8  # of every forward: kernels differ with the number of rows, and with them the last bit of a picture
 UNVERIFIED = "UNVERIFIED"
 
 
@@ -189,14 +190,15 @@ class Generator:
         parts = []
         with self._lock, torch.no_grad():
             encoded = self.model.encoder.encode(different)
-            for start in range(0, len(prompts), BATCH):
-                part = slice(start, start + BATCH)
+            for start in range(0, len(prompts), ROWS):
+                part = slice(start, start + ROWS)
                 latents = torch.cat([
                     draw_latents(seed, [index], self.model.generator.latent_dim)
                     for seed, index in zip(seeds[part], indices[part], strict=True)
                 ])  # fmt: skip
                 embeddings = encoded[[rows[prompt] for prompt in prompts[part]]]
-                parts.append(to_bytes(self.model.generator(truncation * latents, embeddings)))
+                drawn = self.model.generator(truncation * _full(latents), _full(embeddings))
+                parts.append(to_bytes(drawn[: len(latents)]))
         pixels = np.concatenate(parts)
         return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
@@ -225,6 +227,11 @@ def _whole(value: int, what: str, least: int, most: int) -> int:
     if not least <= number <= most:
         raise UsageError(f"{what} of {number} is not between {least} and {most}")
     return number
+
+
+def _full(rows: Tensor) -> Tensor:
+    """`(ROWS, ...)`: the rows, then the first again as often as it takes."""
+    return rows[[*range(len(rows)), *[0] * (ROWS - len(rows))]]
 
 
 def _digest(model: GeneratorModel) -> str:
