@@ -22,7 +22,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 demo demo-check: export MALLOC_MMAP_THRESHOLD_ := 1000000000
 demo demo-check: export MALLOC_TRIM_THRESHOLD_ := 2000000000
 
-.PHONY: help demo federation test test-slow test-all lint docs demo-check clean
+.PHONY: help demo serve federation test test-slow test-all lint docs demo-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1|\2/' | column -t -s '|'
@@ -30,6 +30,9 @@ help:  ## this list
 # --resume: an interrupted demo goes on, a finished one shows its result again.
 demo: .venv/installed  ## train on made shapes at four simulated sites, privately; ends with pictures in runs/demo
 	$(BIN)/fedcanvas simulate demo --out runs/demo --resume
+
+serve: demo .venv/installed-serve  ## the demo's model as a service, with a page for browsers: http://127.0.0.1:8000
+	$(BIN)/fedcanvas serve --model runs/demo
 
 federation: .venv/installed-server  ## a server and three sites as processes of this machine, over TLS; ends with pictures
 	$(BIN)/python -m simulations.rehearsal runs/federation
@@ -70,6 +73,10 @@ clean:  ## remove .venv, caches and builds; runs/ stays
 
 .venv/installed-server: .venv/installed
 	$(PIP) --quiet --editable '.[server]'
+	touch $@
+
+.venv/installed-serve: .venv/installed
+	$(PIP) --quiet --editable '.[serve]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -37,7 +37,7 @@ LEVELS = {
         "client.site", "client.gate",
     ],
     "server": [
-        "server.cli", "server.deployment_cli", "server.worker", "server.delivery", "server.app", "server.rounds",
+        "server.cli", "server.serve_cli", "server.deployment_cli", "server.worker", "server.delivery", "server.app", "server.rounds",
         "server.cohort",
     ],
 }
@@ -59,7 +59,12 @@ PLACES = {
     "torchvision": {"shared.metrics"},
     "sklearn": {"shared.metrics"},
     "matplotlib": {"server.charts", "server.sheet", "server.plan_cli"},
-    "pydantic": {"shared.config", "client.settings", "client.policy"},
+    "pydantic": {"shared.config", "client.settings", "client.policy", "server.serving"},
+    "fastapi": {"server.serving"},
+    "starlette": {"server.serving.app"},
+    "uvicorn": {"server.serving.service"},
+    "prometheus_client": {"server.serving.metrics"},
+    "h11": {"server.serving.service"},
     "safetensors": {"shared.rundir", "shared.metrics"},
     "PIL": {"server.generator", "server.onnx_generate", "server.onnx_generate_tokens"},
     "onnx": {"server.export"},

@@ -1,0 +1,362 @@
+"""The API: pictures over HTTP in the shape of OpenAI's images API, for one model.
+
+    POST /v1/images/generations         pictures of a prompt
+    GET  /v1/images/files/NAME.png      one that was asked for as a URL
+    GET  /v1/models, /v1/models/NAME    the model, its card and its epsilon
+    GET  /v1/prompts                    public prompts it was trained on
+    GET  /health, /metrics, /openapi.json, and / with /page/... where there is a page
+
+A request is checked, let in or refused at once, drawn in a batch with others, and given up when its client leaves.
+Not here: what all requests have in common (`server.serving.guard`), and sockets (`server.serving.service`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from server.generator import Generator, Picture
+from server.serving.batching import Batcher
+from server.serving.card import brief, model_object
+from server.serving.errors import ApiError, of_ours, of_validation
+from server.serving.gallery import Gallery
+from server.serving.guard import ClientLeft, Guard
+from server.serving.keys import ApiKeys
+from server.serving.load import Admission, Load
+from server.serving.metrics import CONTENT_TYPE, Metrics
+from server.serving.page import PageFile, read_page
+from server.serving.request import ImageRequest, Order, order, unknown_model
+from server.serving.settings import ServingSettings
+from shared import __version__
+from shared.errors import FedCanvasError
+
+ENCODERS = 2  # threads that make files of arrays
+MOST_PROMPTS = 1000  # of one answer
+
+
+class ErrorAbout(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorAbout
+
+
+class ImageAnswer(BaseModel):
+    """One picture: `b64_json` or `url`, and the seed and index that make it again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    index: int
+
+
+class ImagesAnswer(BaseModel):
+    """`fedcanvas`: the model's digest and epsilon, whether it was trained on the prompt, and a warning if need be."""
+
+    created: int
+    data: list[ImageAnswer]
+    size: str
+    output_format: str
+    fedcanvas: dict[str, Any]
+
+
+class ModelAnswer(BaseModel):
+    """`fedcanvas` holds the card, epsilon, delta, the digest, the size it draws, and whether it was verified."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    fedcanvas: dict[str, Any]
+
+
+class ModelsAnswer(BaseModel):
+    object: str
+    data: list[ModelAnswer]
+
+
+class PromptsAnswer(BaseModel):
+    """Prompts in the order of the model's file; `total` counts all that fit the question."""
+
+    object: str
+    data: list[str]
+    total: int
+
+
+class HealthAnswer(BaseModel):
+    status: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
+
+
+class PicturesAnswer(Response):
+    """Holds its room until it is sent, so that answers which nobody takes count as work under way."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, admission: Admission) -> None:
+        super().__init__(content)
+        self._admission = admission
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._admission.release()
+
+
+class Studio:
+    """Where orders become files: room, the thread that draws, the threads that encode, the gallery."""
+
+    def __init__(self, generator: Generator, settings: ServingSettings) -> None:
+        self.generator, self.settings = generator, settings
+        self.load = Load(settings.most_units)
+        self.metrics = Metrics(self.load, model=generator.digest, epsilon=f"{generator.privacy['epsilon_max']:.4g}")
+        self.batcher = Batcher(generator, observe=self.metrics.batch)
+        self.gallery = Gallery(most_bytes=settings.gallery_bytes, seconds=settings.gallery_seconds)
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoding")
+        self._known = frozenset(generator.prompts)
+
+    def start(self) -> None:
+        self.batcher.start()
+
+    def stop(self) -> None:
+        self.batcher.stop()
+        self._encoders.shutdown(cancel_futures=True)
+
+    def admit(self, wanted: Order) -> Admission:
+        try:
+            return self.load.admit(wanted.units)
+        except ApiError:
+            self.metrics.refused.labels("load").inc()
+            raise
+
+    async def answer(self, wanted: Order, request: Request, admission: Admission) -> bytes:
+        """The body of the answer.
+
+        Raises:
+            ApiError: it takes too long, or the model cannot draw it.
+            ClientLeft: whoever asked is gone.
+        """
+        try:
+            async with asyncio.timeout(self.settings.drawing_seconds):
+                arrays = await self._drawn(wanted, request)
+                admission.drawn()
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._encoders, self._encoded, wanted, arrays, str(request.base_url))
+        except TimeoutError:
+            self.metrics.refused.labels("time").inc()
+            raise ApiError(
+                504, f"the pictures were not there within {self.settings.drawing_seconds:g} s", code="timeout",
+                retry_after=self.load.retry_after,
+            ) from None  # fmt: skip
+        except FedCanvasError as error:
+            raise of_ours(error) from None
+
+    async def _drawn(self, wanted: Order, request: Request) -> list[np.ndarray]:
+        asked = self.batcher.submit(wanted.prompt, n=wanted.n, seed=wanted.seed, truncation=wanted.truncation)
+        drawn, gone = asyncio.wrap_future(asked), asyncio.ensure_future(_left(request))
+        either: set[asyncio.Future[Any]] = {drawn, gone}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not drawn.done():
+                raise ClientLeft
+            return drawn.result()
+        finally:
+            drawn.cancel()
+            gone.cancel()
+
+    def _encoded(self, wanted: Order, arrays: list[np.ndarray], base: str) -> bytes:
+        files = [self._file(wanted, index, array) for index, array in enumerate(arrays)]
+        if wanted.as_url:
+            fields = [{"url": f"{base}v1/images/files/{self.gallery.keep(file)}.png"} for file in files]
+        else:
+            fields = [{"b64_json": base64.b64encode(file).decode()} for file in files]
+        data = [{**field, "seed": wanted.seed, "index": index} for index, field in enumerate(fields)]
+        about = {
+            "model": self.generator.digest, "trained_on_prompt": wanted.prompt in self._known, **brief(self.generator),
+        }  # fmt: skip
+        size = f"{wanted.side}x{wanted.side}"
+        return json.dumps(
+            {"created": int(time.time()), "data": data, "size": size, "output_format": "png", "fedcanvas": about}
+        ).encode()
+
+    def _file(self, wanted: Order, index: int, array: np.ndarray) -> bytes:
+        about = self.generator.about(wanted.prompt, seed=wanted.seed, index=index, truncation=wanted.truncation)
+        picture = Picture(array, about)
+        if wanted.side != self.generator.size:
+            from PIL.Image import Resampling
+
+            scaled = picture.image.resize((wanted.side, wanted.side), Resampling.LANCZOS)
+            size = f"{self.generator.size}x{self.generator.size}"
+            picture = replace(picture, array=np.asarray(scaled), about={**about, "resized-from": size})
+        return picture.png()
+
+
+def make_app(generator: Generator, settings: ServingSettings | None = None, *, keys: ApiKeys | None = None) -> FastAPI:
+    """The application; its lifespan starts and ends the thread that draws.
+
+    Args:
+        keys: who may call it; `None` for anybody who can reach it.
+    """
+    settings = settings or ServingSettings()
+    studio = Studio(generator, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        studio.start()
+        yield
+        await asyncio.to_thread(studio.stop)
+
+    app = FastAPI(
+        title="fedcanvas", version=__version__, lifespan=lifespan, redirect_slashes=False,
+        # Both load scripts from elsewhere.
+        docs_url=None, redoc_url=None,
+        description="Pictures by one text-to-image model that was trained under differential privacy.",
+    )  # fmt: skip
+    app.state.studio = studio
+    app.add_middleware(Guard, settings=settings, keys=keys, metrics=studio.metrics)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    _add_pictures(app, studio)
+    _add_model(app, generator)
+    _add_operation(app, studio)
+    _add_page(app, read_page())
+    return app
+
+
+def _add_pictures(app: FastAPI, studio: Studio) -> None:
+    names = (studio.generator.name, studio.generator.digest)
+
+    @app.post(
+        "/v1/images/generations", response_class=Response, tags=["pictures"],
+        responses={200: {"model": ImagesAnswer}, **ERRORS},
+    )  # fmt: skip
+    async def generate(asked: ImageRequest, request: Request) -> Response:
+        """Pictures of a prompt. The same prompt, seed and model give the same pictures, as on the command line."""
+        wanted = order(asked, size=studio.generator.size, names=names)
+        request.state.pictures, request.state.seed = wanted.n, wanted.seed
+        if studio.settings.log_prompts:
+            request.state.prompt = wanted.prompt
+        admission = studio.admit(wanted)
+        try:
+            content = await studio.answer(wanted, request, admission)
+        except BaseException:
+            admission.release()
+            raise
+        studio.metrics.kept.set(studio.gallery.size)
+        return PicturesAnswer(content, admission)
+
+    @app.get(
+        "/v1/images/files/{name}.png", response_class=Response, tags=["pictures"],
+        responses={200: {"content": {"image/png": {}}}, **ERRORS},
+    )  # fmt: skip
+    async def file(name: Annotated[str, Path(max_length=64)]) -> Response:
+        """A picture that was asked for as a URL, for about an hour."""
+        png = studio.gallery.find(name)
+        if png is None:
+            raise ApiError(404, "there is no such picture, or its time is over; ask for it again by its seed")
+        return Response(png, media_type="image/png", headers={"cache-control": "private, max-age=3600, immutable"})
+
+
+def _add_model(app: FastAPI, generator: Generator) -> None:
+    about = model_object(generator)
+    searched = [(prompt, prompt.casefold()) for prompt in generator.prompts]
+
+    @app.get("/v1/models", response_model=ModelsAnswer, tags=["model"], responses=ERRORS)
+    async def models() -> Any:
+        """The one model, with its card and its epsilon."""
+        return {"object": "list", "data": [about]}
+
+    @app.get("/v1/models/{name:path}", response_model=ModelAnswer, tags=["model"], responses=ERRORS)
+    async def model(name: str) -> Any:
+        """The model by its name or digest."""
+        if name not in (generator.name, generator.digest):
+            raise unknown_model(generator.name)
+        return about
+
+    @app.get("/v1/prompts", response_model=PromptsAnswer, tags=["model"], responses=ERRORS)
+    async def prompts(
+        contains: Annotated[str, Query(max_length=200, description="Only prompts that contain this.")] = "",
+        limit: Annotated[int, Query(ge=1, le=MOST_PROMPTS)] = 500,
+    ) -> Any:
+        """Public prompts that the model was trained on: what it knows how to draw."""
+        wanted = contains.casefold()
+        found = [prompt for prompt, folded in searched if wanted in folded]
+        return {"object": "list", "data": found[:limit], "total": len(found)}
+
+
+def _add_operation(app: FastAPI, studio: Studio) -> None:
+    @app.get("/health", response_model=HealthAnswer, tags=["operation"], responses=ERRORS)
+    async def health() -> Any:
+        """Whether pictures are being drawn; needs no key."""
+        if not studio.batcher.working(studio.settings.drawing_seconds):
+            raise ApiError(503, "nothing is being drawn any more; start the service again", code="stuck")
+        return {"status": "ok"}
+
+    @app.get(
+        "/metrics", response_class=Response, tags=["operation"],
+        responses={200: {"content": {CONTENT_TYPE.partition(";")[0]: {}}}, **ERRORS},
+    )  # fmt: skip
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        studio.metrics.kept.set(studio.gallery.size)
+        return Response(studio.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def _add_page(app: FastAPI, files: dict[str, PageFile]) -> None:
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return _file(files, "index.html")
+
+    @app.get("/page/{name:path}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        return _file(files, name)
+
+
+def _file(files: dict[str, PageFile], name: str) -> Response:
+    found = files.get(name)
+    if found is None:
+        raise ApiError(404, "there is no such page; the API is described at /openapi.json")
+    return Response(found.content, headers={"content-type": found.kind, "cache-control": "no-cache"})
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return _response(of_validation(error.errors()))
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = {404: "there is no such path; the API is described at /openapi.json", 405: "this path has no such method"}
+    return _response(
+        ApiError(error.status_code, said.get(error.status_code, "the body cannot be read"), headers=error.headers)
+    )
+
+
+def _response(error: ApiError) -> Response:
+    return Response(error.body(), error.status, dict(error.headers))
