@@ -1,0 +1,180 @@
+"""What a service costs: throughput and waiting at 1, 16 and 64 clients beside a bare loop over the model, and memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/serving.py [--seconds 5] [--pictures 4] [--requests 5000]
+
+The model has the demo's size and the weights it starts with. The bare loop draws arrays and makes no files; it is
+measured before and after the service, in this process, request by request (as a script would) and in full batches.
+The service is the command in a process of its own; clients are sockets of this process on the same machine, so
+they take time from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from server.generator import Generator
+from server.serving.batching import BATCH
+from shared.models import build_discriminator, build_generator
+from shared.privacy.accounting import EpsilonReport
+from shared.privacy.plan import make_plan
+from shared.rundir import RunDirectory
+from shared.text import build_encoder
+from simulations.scenarios import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = tuple(f"a picture of {number}" for number in range(96))
+CLIENTS = (1, 16, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--pictures", type=int, default=4, help="of a request")
+    parser.add_argument("--requests", type=int, default=5000, help="over which memory is looked at")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = _make_run(Path(folder) / "run")
+        generator = Generator.load(run)
+        loops = [_loops(generator, options.pictures, options.seconds / 2)]
+        with _service(run) as (process, port):
+            rows = [
+                (clients, *asyncio.run(_load(port, clients, options.pictures, seconds=options.seconds)))
+                for clients in CLIENTS
+            ]
+            before = _resident(process.pid)
+            asyncio.run(_load(port, 16, options.pictures, requests=options.requests))
+            after = _resident(process.pid)
+        loops.append(_loops(generator, options.pictures, options.seconds / 2))
+    by_request, full = (statistics.mean(values) for values in zip(*loops, strict=True))
+    print(f"{options.pictures} pictures a request, pictures a second:")
+    print(f"  bare loop, request by request  {by_request:7.0f}   ({_both([a for a, _ in loops])})")
+    print(f"  bare loop, batches of {BATCH}       {full:7.0f}   ({_both([b for _, b in loops])})")
+    print("  clients  pictures/s  of the loop by request  of full batches   p50 ms   p99 ms   refused")
+    for clients, rate, seconds, refused in rows:
+        quantiles = statistics.quantiles(seconds, n=100)
+        print(
+            f"  {clients:7}  {rate:10.0f}  {rate / by_request:22.2f}  {rate / full:15.2f}"
+            f"  {quantiles[49] * 1e3:7.1f}  {quantiles[98] * 1e3:7.1f}  {refused:8}"
+        )
+    print(
+        f"memory of the service: {before / 2**20:.1f} MiB, after {options.requests} requests more"
+        f" {after / 2**20:.1f} MiB"
+    )
+
+
+def _make_run(path: Path) -> Path:
+    config = demo()
+    plan, encoder = make_plan(config), build_encoder(config.text)
+    spent = EpsilonReport(8.0, 7.9, 8.2, plan.delta, 1, unit="example")
+    with RunDirectory.create(path, config=config, prompts=PROMPTS) as rundir:
+        rundir.charge(1, steps=1, reserved_steps=plan.reserved_steps)
+        rundir.save_model(
+            generator=build_generator(config, embedding_dim=encoder.dim).state_dict(),
+            discriminator=build_discriminator(config, embedding_dim=encoder.dim).state_dict(),
+            card={"encoder_fingerprint": encoder.fingerprint, "plan": plan.to_dict(), "spent": spent.to_dict()},
+        )
+    return path
+
+
+def _loops(generator: Generator, pictures: int, seconds: float) -> tuple[float, float]:
+    """Pictures a second: request by request, and in full batches."""
+    batch = [PROMPTS[index % len(PROMPTS)] for index in range(BATCH)]
+    return (
+        _rate(lambda: generator.arrays([PROMPTS[0]] * pictures, seeds=[1] * pictures, indices=range(pictures)), pictures, seconds),
+        _rate(lambda: generator.arrays(batch, seeds=range(BATCH), indices=[0] * BATCH), BATCH, seconds),
+    )  # fmt: skip
+
+
+def _rate(draw: Callable[[], object], pictures: int, seconds: float) -> float:
+    draw()
+    began, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds:
+        draw()
+        count += pictures
+    return count / took
+
+
+class _service:
+    """The command as a process: (process, port)."""
+
+    def __init__(self, run: Path) -> None:
+        self._command = [sys.executable, "-m", "shared.cli", "serve", "--model", str(run), "--port", "0"]
+
+    def __enter__(self) -> tuple[subprocess.Popen[bytes], int]:
+        self._log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(self._command, cwd=ROOT, stderr=self._log)
+        while True:
+            self._log.seek(0)
+            found = re.search(rb"http://127.0.0.1:(\d+)", self._log.read())
+            if found:
+                time.sleep(1.0)
+                return self.process, int(found[1])
+            assert self.process.poll() is None, "it ended"
+            time.sleep(0.1)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        self._log.close()
+
+
+async def _load(
+    port: int, clients: int, pictures: int, *, seconds: float = float("inf"), requests: int = 2**62
+) -> tuple[float, list[float], int]:
+    """(pictures a second, seconds of each request that was served, requests that were told to come again)."""
+    until, left = time.perf_counter() + seconds, [requests]
+    waits: list[float] = []
+    refused = 0
+
+    async def client(number: int) -> None:
+        nonlocal refused
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        asked = 0
+        while time.perf_counter() < until and left[0] > 0:
+            left[0] -= 1
+            asked += 1
+            body = json.dumps({"prompt": PROMPTS[(number + asked) % len(PROMPTS)], "n": pictures, "seed": asked})
+            began = time.perf_counter()
+            writer.write(
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body.encode())
+            )
+            head = await reader.readuntil(b"\r\n\r\n")
+            found = re.search(rb"content-length: (\d+)", head)
+            assert found is not None
+            await reader.readexactly(int(found[1]))
+            if head.startswith(b"HTTP/1.1 200"):
+                waits.append(time.perf_counter() - began)
+            else:
+                refused += 1
+        writer.close()
+        await writer.wait_closed()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return len(waits) * pictures / (time.perf_counter() - began), waits, refused
+
+
+def _resident(process: int) -> int:
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _both(values: list[float]) -> str:
+    return ", ".join(f"{value:.0f}" for value in values)
+
+
+if __name__ == "__main__":
+    main()
