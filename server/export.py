@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from server.generator import Generator
-from shared import text
+from shared import text, words
 from shared.disk import write_folder
 from shared.errors import RunDirectoryError, UsageError
 from shared.rundir import to_json
@@ -251,7 +251,7 @@ def _encoder_table(encoder: text.HashingEncoder) -> dict[str, Any]:
         "pair_weight": text.PAIR_WEIGHT,
         "pair_reach": text.PAIR_REACH,
         "function_words": sorted(text.FUNCTION_WORDS),
-        "pieces": text.PIECES.pattern,
+        "pieces": words.PIECES.pattern,
     }
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from shared.bundle import CARD, UNREADABLE, is_bundle, load_bundle, read_unverified, verify
+from shared.bundle import CARD, PROMPTS, UNREADABLE, is_bundle, load_bundle, read_unverified, verify
 from shared.errors import BundleError, UsageError
 from shared.prompts import clean_prompt
 from shared.rundir import GeneratorModel, load_model
@@ -232,6 +232,23 @@ def _whole(value: int, what: str, least: int, most: int) -> int:
 def _full(rows: Tensor) -> Tensor:
     """`(ROWS, ...)`: the rows, then the first again as often as it takes."""
     return rows[[*range(len(rows)), *[0] * (ROWS - len(rows))]]
+
+
+def public_prompts(path: str | Path, *, unverified: bool = False) -> tuple[tuple[str, ...], str]:
+    """`prompts` and `line` of `Generator.load(path)`, with its errors; no model is built where words are enough."""
+    path = Path(path)
+    if is_bundle(path) and not unverified:
+        verified = verify(path, recompute=False)
+        return tuple(verified.files[PROMPTS].decode().splitlines()), verified.line
+    folder = path if (path / "model.json").is_file() else path / "model"
+    try:
+        prompts = json.loads((folder / "model.json").read_text(encoding="utf-8"))["prompts"]
+        if not is_bundle(path) and prompts and all(isinstance(prompt, str) for prompt in prompts):
+            return tuple(prompts), f"{path}: a run's own model"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # whatever is wrong with it, `load` says it
+    generator = Generator.load(path, unverified=unverified)
+    return generator.prompts, generator.line
 
 
 def _digest(model: GeneratorModel) -> str:

@@ -49,6 +49,7 @@ COMMANDS = {
     "simulate": LazyCommand("simulations.cli:simulate", "train a private federation on this machine, sites and all"),
     "plan": LazyCommand("server.plan_cli:plan", "before anyone joins: what a run costs, whether it can learn"),
     "generate": LazyCommand("server.cli:generate", "pictures from prompts, by the model of a finished run"),
+    "describe": LazyCommand("server.describe_cli:describe", "what a text becomes in a model's own words"),
     "serve": LazyCommand("server.serve_cli:serve", "a model as a service: OpenAI's images API, and a page"),
     "release": LazyCommand("server.release_cli:release", "a finished run as a folder to share, with signed evidence"),
     "verify": LazyCommand("server.release_cli:verify", "whether a released model is whole, and what it cost"),

@@ -11,10 +11,8 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import threading
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +25,7 @@ from shared.config import TextConfig
 from shared.errors import ConfigError, DataError
 from shared.registry import Registry
 from shared.torchvision_operators import ensure_importable
+from shared.words import split_words
 
 
 class CaptionEncoder(Protocol):
@@ -105,12 +104,6 @@ FUNCTION_WORDS = frozenset(
         *("的", "在", "一", "个", "個", "上", "有", "是", "了"),
     ]
 )
-# Scripts written without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
-UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
-)
-PIECES = re.compile(f"[{UNSPACED}]|[^{UNSPACED}]+")
 
 
 class HashingEncoder:
@@ -149,31 +142,6 @@ class HashingEncoder:
         bits = np.unpackbits(np.frombuffer(digests, dtype=np.uint8).reshape(len(different), size), axis=1)
         total: np.ndarray = (bits[:, : self.dim].astype(np.int64) * 2 - 1).sum(axis=0)
         return total
-
-
-def split_words(text: str) -> list[str]:
-    """Words without case and width: runs of letters, marks and digits, single characters of unspaced scripts, symbols.
-
-    "Ein GROSSER roter Kreis!" -> ["ein", "grosser", "roter", "kreis"]; "红色圆" -> ["红", "色", "圆"].
-    """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return [piece for run in _runs(folded) for piece in PIECES.findall(run)]
-
-
-def _runs(text: str) -> Iterator[str]:
-    run = ""
-    for character in text:
-        category = unicodedata.category(character)
-        if category[0] in "LNM" and not "\ufe00" <= character <= "\ufe0f":  # no variation selectors of emoji
-            run += character
-            continue
-        if run:
-            yield run
-        run = ""
-        if category == "So":
-            yield character
-    if run:
-        yield run
 
 
 def build_hashing(config: TextConfig) -> CaptionEncoder:
