@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, new_app, say
+from shared.cli import AsJson, new_app, printable, say
 from shared.errors import UsageError
 
 MOST_PICTURES = 100_000
@@ -45,6 +46,9 @@ def generate(
     truncation: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Below 1 pictures are more typical and less varied.")
     ] = 1.0,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Say each prompt in the model's words first, by rules, and draw that.")
+    ] = False,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify; its pictures say so.")
     ] = False,
@@ -75,6 +79,8 @@ def generate(
         raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
     released = Generator.load(model, unverified=unverified)
     say(released.line)
+    drawn_as = _described(asked, released.prompts) if describe else {prompt: prompt for prompt in asked}
+    asked = list(dict.fromkeys(drawn_as.values()))
     known = set(released.prompts)
     unknown = [prompt for prompt in asked if prompt not in known]
     if unknown:
@@ -100,7 +106,8 @@ def generate(
         notes.insert(0, "NOT VERIFIED: what this model says of itself may be false")
     write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=notes))
     if as_json:
-        result = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}
+        result: dict[str, Any] = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}
+        result |= {"drawn_as": drawn_as} if describe else {}
         typer.echo(to_json(result).decode(), nl=False)
     else:
         typer.echo(f"{total or len(asked) * n} pictures in {out}, all on one sheet: {sheet}")
@@ -126,6 +133,21 @@ def report(
     opened = RunDirectory.open(run)
     file = write_whole(out or run / "report.html", report_html(opened).encode())
     typer.echo(json.dumps({"run": str(run), "report": str(file)}) if as_json else f"{file}: open it in a browser")
+
+
+def _described(texts: list[str], prompts: Sequence[str]) -> dict[str, str]:
+    """Each text to the sentence that is drawn for it, which a person is told."""
+    from server.prompting import PromptPipeline
+
+    pipeline = PromptPipeline(prompts)
+    found = {}
+    for text in texts:
+        description = pipeline.describe(text)
+        found[text] = description.description
+        if description.description != text:
+            note = description.stages[-1].note
+            say(f"'{printable(text)}' is drawn as '{description.description}'  [{printable(note)}]")
+    return found
 
 
 def _write(file: Path, content: bytes) -> None:

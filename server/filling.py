@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from server import thesaurus
-from server.grammar import Grammar, Slot, Template
+from server.grammar import Grammar, Slot, Template, words_of
 from server.thesaurus import ARTICLES, LIKE_ON, meanings
 from server.wording import EXACT, FORM, Vocabulary, Word
-from shared.words import split_words
 
 MOST_TEMPLATES = 200  # that are looked at closely, of those that have most of the words
 # Beside a word's strength from 0 to 1: what its neighbours say for a slot, what words of a sentence cost that nobody
@@ -58,6 +57,13 @@ class Filling:
         return self.template.render(self.values)
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """The sentence itself, and those that differ from it in one slot."""
+        values = self.values
+        others = [{**values, slot.place: value} for slot in self.template.slots for value in slot.values]
+        return tuple(dict.fromkeys(self.template.render(each) for each in (values, *others)))
+
+    @property
     def topic(self) -> str:
         return self.template.topic(self.values)
 
@@ -74,7 +80,7 @@ class Filler:
         self.grammar, self.vocabulary = grammar, vocabulary
         self._templates_of: dict[str, list[int]] = defaultdict(list)
         for number, template in enumerate(grammar.templates):
-            words = {word for slot in template.slots for value in slot.values for word in split_words(value)}
+            words = {word for slot in template.slots for value in slot.values for word in words_of(value)}
             for word in (words | set(template.constants)) & vocabulary.content:
                 self._templates_of[word].append(number)
         self._slot_names = {slot.name for template in grammar.templates for slot in template.slots}
@@ -99,9 +105,9 @@ class Filler:
         found = [self._fill(self.grammar.templates[number], words, base) for number in likely]
         found = [filling for filling in found if filling.score]
         if base is not None:
-            there = self.vocabulary.content.intersection(split_words(base.sentence))
+            there = self.vocabulary.content.intersection(words_of(base.sentence))
             for filling in found:
-                filling.score += KEPT_BONUS * len(there.intersection(split_words(filling.sentence)))
+                filling.score += KEPT_BONUS * len(there.intersection(words_of(filling.sentence)))
             stays = self._fill(base.template, words, base)
             if stays.score:
                 stays.score += STAY_BONUS + KEPT_BONUS * len(there)
@@ -117,7 +123,7 @@ class Filler:
         excluded: dict[int, set[str]] = defaultdict(set)
         for slot in template.slots:
             for value in slot.values:
-                parts = [word for word in split_words(value) if word in self.vocabulary.content]
+                parts = [word for word in words_of(value) if word in self.vocabulary.content]
                 if answered.isdisjoint(parts):
                     continue
                 asked = _answers(parts, words)
@@ -163,7 +169,7 @@ class Filler:
         texts = {word.text for word in words if not word.negated}
         if texts & (thesaurus.SAME | thesaurus.CHANGE | thesaurus.ANOTHER | thesaurus.MORE | thesaurus.LESS):
             return True
-        if texts & (thesaurus.GREATER | thesaurus.SMALLER):
+        if _places_of_steps(words):
             return True
         if words and words[0].text in thesaurus.MAKE and texts & thesaurus.IT:
             return True
@@ -271,7 +277,7 @@ def _places_by_neighbours(template: Template, words: Sequence[Word]) -> dict[int
     topic = template.topic_slot
     if topic is None:
         return found
-    topics = {word for value in topic.values for word in split_words(value)}
+    topics = {word for value in topic.values for word in words_of(value)}
     for place, word in enumerate(words):
         if word.small or place in found:
             continue
@@ -292,7 +298,7 @@ def _left_over(
     notes = []
     by_place = {slot.place: slot for slot in template.slots}
     for place, word in enumerate(words):
-        homes = [s for s in template.slots if any(m in split_words(v) for v in s.values for m in word.matches)]
+        homes = [s for s in template.slots if any(m in words_of(v) for v in s.values for m in word.matches)]
         if place in used or word.negated or not homes:
             continue
         home, allowed = homes[0], may_be_of.get(place)
@@ -301,7 +307,7 @@ def _left_over(
             notes.append(f"'{word.text}' is no {about.name} that it knows ({', '.join(about.values[:12])})")
         elif allowed is not None and home.place not in allowed:
             notes.append(f"'{word.text}' is known only as {home.name}")
-        elif home.place in choices and not word.matches.keys() & set(split_words(choices[home.place].value)):
+        elif home.place in choices and not word.matches.keys() & set(words_of(choices[home.place].value)):
             notes.append(f"only one {home.name} fits: '{word.text}' is left out")
     return notes
 
@@ -322,6 +328,9 @@ def _places_of_steps(words: Sequence[Word]) -> dict[int, int]:
     found: dict[int, int] = {}
     for place, word in enumerate(words):
         before = words[place - 1].text if place else ""
+        following = words[place + 1] if place + 1 < len(words) else _SILENT
+        if word.text in thesaurus.ALSO_NO_COMPARISON and following.segment == word.segment and not following.small:
+            continue
         if word.text in thesaurus.GREATER:
             found[place] = 1
         elif word.text in thesaurus.SMALLER:
@@ -333,7 +342,7 @@ def _places_of_steps(words: Sequence[Word]) -> dict[int, int]:
 
 def _scale(slot: Slot) -> dict[str, int]:
     """Values that stand on a scale, to their step."""
-    steps = {value: [step for word in split_words(value) for step in _steps_of(word)] for value in slot.values}
+    steps = {value: [step for word in words_of(value) for step in _steps_of(word)] for value in slot.values}
     return {value: found[0] for value, found in steps.items() if found}
 
 

@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from server.thesaurus import is_small, meanings
 from shared.words import UNSPACED, split_words
@@ -22,6 +22,12 @@ LONGEST_VALUE = 4  # words of a value, such as "Ankle boot", among values of one
 LONGEST_TOPIC = 6  # words; of longer sentences the first run that names something
 MOST_SENTENCES = 20_000
 _TOKENS = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]+)")
+
+
+@lru_cache(2**17)
+def words_of(text: str) -> tuple[str, ...]:
+    """`split_words`, once for each token, value or sentence."""
+    return tuple(split_words(text))
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Template:
     def constants(self) -> tuple[str, ...]:
         """Its constant words, folded, in order; small ones are among them."""
         places = {slot.place for slot in self.slots}
-        return tuple(w for place, token in enumerate(self.tokens) if place not in places for w in split_words(token))
+        return tuple(w for place, token in enumerate(self.tokens) if place not in places for w in words_of(token))
 
     @cached_property
     def topic_slot(self) -> Slot | None:
@@ -82,7 +88,7 @@ class Template:
             return values[self.topic_slot.place]
         sentence = self.render(values)
         parts = _TOKENS.findall(sentence)
-        while parts and all(map(is_small, split_words(parts[0]))):
+        while parts and all(map(is_small, words_of(parts[0]))):
             parts = parts[1:]
         if not parts or len(parts) > LONGEST_TOPIC:
             parts = [self.tokens[place] for place in next(iter(self._runs), range(0))]
@@ -110,16 +116,16 @@ class Template:
 
         def names_something(place: int) -> bool:
             texts = by_place[place].values if place in by_place else (self.tokens[place],)
-            return any(not is_small(word) for text in texts for word in split_words(text))
+            return any(not is_small(word) for text in texts for word in words_of(text))
 
         groups = itertools.groupby(range(len(self.tokens)), key=names_something)
         runs = [list(places) for named, places in groups if named]
         return tuple(range(run[0], run[-1] + 1) for run in runs)
 
-    def _constant_at(self, place: int) -> list[str]:
+    def _constant_at(self, place: int) -> tuple[str, ...]:
         if place >= len(self.tokens) or any(slot.place == place for slot in self.slots):
-            return []
-        return split_words(self.tokens[place])
+            return ()
+        return words_of(self.tokens[place])
 
 
 class Grammar:
@@ -128,17 +134,17 @@ class Grammar:
     Attributes:
         prompts: as given.
         templates: at least one.
+        tokens: that differ, in the order of the prompts, written as there.
+        words: their words, folded, in this order.
     """
 
     def __init__(self, prompts: Sequence[str]) -> None:
         assert prompts, "a model has prompts"
         self.prompts = tuple(prompts)
-        self.templates = _templates(self.prompts)
-
-    @cached_property
-    def words(self) -> frozenset[str]:
-        """Every word of the prompts, folded."""
-        return frozenset(word for prompt in self.prompts for word in split_words(prompt))
+        tokens = [tuple(_TOKENS.findall(prompt)) or (prompt,) for prompt in self.prompts]
+        self.templates = _templates(tokens)
+        self.tokens = tuple(dict.fromkeys(token.strip() for prompt in tokens for token in prompt))
+        self.words = tuple(dict.fromkeys(word for token in self.tokens for word in words_of(token)))
 
     @cached_property
     def topics(self) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ class Grammar:
 
     def parse(self, text: str) -> tuple[Template, dict[int, str]] | None:
         """The template and the values that make `text`, case and punctuation aside; `None` where none does."""
-        words = tuple(split_words(text))
+        words = words_of(text)
         if not words:
             return None
         for template in self._by_word.get(words[0], ()):
@@ -189,9 +195,9 @@ class Grammar:
             firsts = [template.tokens[0]]
             if template.slots and template.slots[0].place == 0:
                 firsts = list(template.slots[0].values)
-            if not split_words(firsts[0]):
+            if not words_of(firsts[0]):
                 firsts = [template.render({slot.place: slot.values[0] for slot in template.slots})]
-            for word in dict.fromkeys(words[0] for first in firsts if (words := split_words(first))):
+            for word in dict.fromkeys(words[0] for first in firsts if (words := words_of(first))):
                 found[word].append(template)
         return found
 
@@ -205,7 +211,7 @@ def _fit(template: Template, words: tuple[str, ...]) -> dict[int, str] | None:
             return {} if at == len(words) else None
         texts = by_place[place].values if place in by_place else (template.tokens[place],)
         for text in texts:
-            part = tuple(split_words(text))
+            part = words_of(text)
             if words[at : at + len(part)] == part:
                 rest = from_place(place + 1, at + len(part))
                 if rest is not None:
@@ -218,8 +224,7 @@ def _fit(template: Template, words: tuple[str, ...]) -> dict[int, str] | None:
 # ---- templates of prompts ------------------------------------------------------------------------------------
 
 
-def _templates(prompts: Sequence[str]) -> tuple[Template, ...]:
-    tokens = [tuple(_TOKENS.findall(prompt)) or (prompt,) for prompt in prompts]
+def _templates(tokens: Sequence[tuple[str, ...]]) -> tuple[Template, ...]:
     families = _families(tokens)
     columns = [_columns([tokens[i] for i in family]) for family in families]
     counts = [len(family) for family in families]
@@ -319,4 +324,4 @@ def _name(values: Sequence[str], after: str, taken: set[str]) -> str:
 
 
 def _kinds(value: str) -> Iterator[str]:
-    yield from {meaning.kind for word in split_words(value) for meaning in meanings(word)}
+    yield from {meaning.kind for word in words_of(value) for meaning in meanings(word)}

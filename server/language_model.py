@@ -38,6 +38,7 @@ class LanguageModel:
         self._model, self._tokenizer, self.name = model, tokenizer, name
         limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length, MOST_TOKENS)
         self._most_tokens = int(min(limit for limit in limits if limit))
+        self._special = [str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token]
         self._trees: dict[int, tuple[Sequence[str], Tree, int]] = {}
         newline = self._tokens(" a\n")[len(self._tokens(" a")) :]
         self._ends = [t for t in (tokenizer.eos_token_id, *(newline[-1:])) if t is not None]
@@ -96,7 +97,8 @@ class LanguageModel:
 
     def _tree(self, sentences: Sequence[str]) -> tuple[Tree, int]:
         """(tree of the tokens of `sentences`, the most tokens of one)."""
-        if (kept := self._trees.get(id(sentences))) is not None and kept[0] is sentences:
+        if (kept := self._trees.pop(id(sentences), None)) is not None and kept[0] is sentences:
+            self._trees[id(sentences)] = kept  # the newest
             return kept[1], kept[2]
         opening = self._tokens("Description:")
         tree: Tree = {}
@@ -124,6 +126,8 @@ class LanguageModel:
     def _opening(self, request: str, examples: Sequence[tuple[str, str]], *, room: int) -> list[int]:
         """Tokens of introduction, examples and request: as many examples as there is room for."""
         line = " ".join(request.split())[:LONGEST_REQUEST]
+        for token in self._special:
+            line = line.replace(token, " ")  # written by a person it is text, and ends nothing
         asked = f"Request: {line}\nDescription:"
         for count in range(len(examples), -1, -1):
             shown = "".join(f"Request: {other}\nDescription: {sentence}\n\n" for other, sentence in examples[:count])

@@ -20,13 +20,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from server.filling import Filler, Filling
-from server.grammar import Grammar
+from server.grammar import Grammar, words_of
 from server.thesaurus import UNDETERMINED, find_language
 from server.wording import FORM, MOST_WORDS, SURE, Vocabulary, Word, clean_text, plain_words
 from shared.errors import PromptError, UsageError
 from shared.prompts import clean_prompt
 from shared.registry import nearest_name_hint
-from shared.words import split_words
 
 if TYPE_CHECKING:
     from server.language_model import LanguageModel
@@ -124,7 +123,7 @@ class PromptPipeline:
             raise UsageError(f"unknown stage '{name}'", hint=nearest_name_hint(name, list(STAGES)))
         done: list[Stage] = []
         if "unicode" in on:
-            cleaned, note = clean_text(text, known=self.grammar.words)
+            cleaned, note = clean_text(text, known=self._vocabulary.words)
             done.append(Stage("unicode", text, cleaned, note))
         else:
             cleaned = clean_prompt(text, place="the text")
@@ -147,25 +146,30 @@ class PromptPipeline:
         if previous is not None and change:
             filling = self._filler.changed(words, self._base(previous))
         filling = filling or self._filler.fill(words)
+        before = previous.description if previous is not None and change else ""
+        # "larger" names nothing that a language model could say better, and "thanks" asks for no other picture.
+        understood = filling.score > 0 or bool(filling.notes) or all(word.small for word in words)
+        by_rules = written or (change and understood)
+        model = None if by_rules else self._model
         topic = ""
         if "topic" in on:
-            topic = filling.topic
-            done.append(Stage("topic", ", ".join(keywords), topic, self._about_topic(filling, words, change=change)))
+            choice = filling.topic_choice
+            named = model is None or (filling.score > 0 and (choice is None or choice.asked))
+            topic = filling.topic if named or change else ""  # else the language model chooses
+            done.append(Stage("topic", ", ".join(keywords), topic, self._about_topic(filling, words, topic, before)))
         if "description" not in on:
             as_is = clean_prompt(cleaned, place="the text")
             return Description(text, cleaned, language, keywords, topic, as_is, AS_WRITTEN, unknown, False, done)
 
-        before = previous.description if previous is not None and change else ""
         another = change and self._filler.wants_another(words)
-        # "larger" names nothing that a language model could say better, and "thanks" would make it change the picture.
-        model = None if change and (filling.score or all(word.small for word in words)) else self._model
         if written:
             described, writer, note = filling.sentence, AS_WRITTEN, "it is a sentence of the model's grammar already"
         elif model is None:
             described, writer, note = filling.sentence, RULES, _about_filling(filling, words, before=before)
         else:
-            request = f"{before}; {cleaned}" if change else cleaned
-            described, writer, note = self._by_language_model(model, request, filling, words)
+            described, writer, note = self._by_language_model(model, cleaned, filling, words, before)
+            if "topic" in on and (chosen := self._filler.parsed(described)) is not None:
+                topic = chosen.topic
         if change:
             same = "the same picture" if described == before else "the same picture, changed"
             note += "; new latents: another picture" if another else f"; the latents stay: {same}"
@@ -182,21 +186,23 @@ class PromptPipeline:
         return {
             word.text: self._vocabulary.nearest(word, language)
             for word in words
-            if not word.small and word.text not in self.grammar.words and word.strength < FORM
+            if not word.small and word.text not in self._vocabulary.words and word.strength < FORM
         }
 
     # ---- sentences by a language model ----
 
     def _by_language_model(
-        self, model: LanguageModel, request: str, filling: Filling, words: Sequence[Word]
+        self, model: LanguageModel, cleaned: str, filling: Filling, words: Sequence[Word], before: str
     ) -> tuple[str, str, str]:
         """(description, writer, note); by rules where what the model writes cannot be used."""
-        by_rules = _about_filling(filling, words, before="")
-        sentences = self.grammar.sentences
+        by_rules = _about_filling(filling, words, before=before)
+        request, sentences, kind = cleaned, self.grammar.sentences, "of the grammar"
+        if before:  # one thing changes, the others stay
+            request, sentences, kind = f"{before}; {cleaned}", filling.variants, "that change one thing"
         try:
             with self._lock:
                 sentence = model.write(request, sentences=sentences, examples=self._examples)
-                note = f"the likeliest for {model.name} among {len(sentences)} sentences of the grammar"
+                note = f"the likeliest for {model.name} among {len(sentences)} sentences {kind}"
                 if lacking := self._lacking(sentence, filling, words):
                     note = f"{model.name} first wrote '{sentence}', which does not say {', '.join(lacking)}"
                     sentences = tuple(s for s in sentences if not self._lacking(s, filling, words))
@@ -211,13 +217,13 @@ class PromptPipeline:
     def _lacking(self, sentence: str, filling: Filling, words: Sequence[Word]) -> list[str]:
         """What the text surely asks for and `sentence` does not say."""
         parsed = self.grammar.parse(sentence)
-        there = set(split_words(sentence))
+        there = set(words_of(sentence))
         missing = []
         for place, choice in filling.choices.items():
             if not choice.places or choice.strength < SURE:
                 continue
             same = parsed is not None and parsed[0] is filling.template
-            says = parsed[1][place] == choice.value if parsed and same else there.issuperset(split_words(choice.value))
+            says = parsed[1][place] == choice.value if parsed and same else there.issuperset(words_of(choice.value))
             if not says:
                 missing.append(choice.value)
         negated = [word.matches for word in words if word.negated]
@@ -229,7 +235,7 @@ class PromptPipeline:
         """Requests and descriptions that show how it is done: public prompts, evenly spread, and their own words."""
         prompts = self.grammar.prompts
         chosen = dict.fromkeys(prompts[(2 * i + 1) * len(prompts) // (2 * EXAMPLES)] for i in range(EXAMPLES))
-        named = {p: [word for word in split_words(p) if word in self._vocabulary.content] for p in chosen}
+        named = {p: [word for word in words_of(p) if word in self._vocabulary.content] for p in chosen}
         return [(" ".join(reversed(words)) or prompt, prompt) for prompt, words in named.items()]
 
     # ---- what is said of it ----
@@ -247,12 +253,14 @@ class PromptPipeline:
             parts.append(f"words after the first {MOST_WORDS} are not read")
         return "; ".join(parts)
 
-    def _about_topic(self, filling: Filling, words: Sequence[Word], *, change: bool) -> str:
+    def _about_topic(self, filling: Filling, words: Sequence[Word], topic: str, before: str) -> str:
         choice = filling.topic_choice
         if choice is not None and choice.asked:
             return "named" if choice.strength >= FORM else f"nearest to {_quoted(words, choice.places)}"
-        if change:
+        if before:
             return "as before"
+        if not topic:
+            return f"no word names one of its topics, so the language model chooses: {_listed(self.grammar.topics)}"
         if choice is None and filling.score:
             return "the nearest of its sentences"
         return f"no word names one of its topics, so the first is taken: {_listed(self.grammar.topics)}"

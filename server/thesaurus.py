@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 UNDETERMINED = "und"
 
@@ -20,19 +20,22 @@ UNDETERMINED = "und"
 # A name with a number in front, such as size.1-small, stands on a scale: "larger" goes up it.
 _TABLE = """
 colour.red: red crimson scarlet ruby vermilion | de: rot | fr: rouge | es: rojo roja | it: rosso rossa | pt:
-    vermelho vermelha | nl: rood rode | zh: 红 紅 | ja: 赤 | ar: أحمر حمراء | ru: красный красная красное ~ orange pink
-    brown
+    vermelho vermelha | nl: rood rode | zh: 红 紅 | ja: 赤 | ar: أحمر حمراء | ru: красный красная красное | he: אדום
+    אדומה ~ orange pink brown
 colour.green: green emerald lime olive | de: grün | fr: vert verte | es: verde | it: verde | pt: verde | nl: groen
-    groene | zh: 绿 綠 | ja: 緑 | ar: أخضر خضراء | ru: зелёный зеленый зелёная зеленая ~ turquoise yellow
+    groene | zh: 绿 綠 | ja: 緑 | ar: أخضر خضراء | ru: зелёный зеленый зелёная зеленая | he: ירוק ירוקה ~ turquoise
+    yellow
 colour.blue: blue navy azure cobalt sapphire | de: blau | fr: bleu bleue | es: azul | it: blu azzurro azzurra | pt:
-    azul | nl: blauw blauwe | zh: 蓝 藍 | ja: 青 | ar: أزرق زرقاء | ru: синий синяя голубой голубая ~ turquoise purple
+    azul | nl: blauw blauwe | zh: 蓝 藍 | ja: 青 | ar: أزرق زرقاء | ru: синий синяя голубой голубая | he: כחול כחולה ~
+    turquoise purple
 colour.yellow: yellow golden gold lemon | de: gelb | fr: jaune | es: amarillo amarilla | it: giallo gialla | pt:
-    amarelo amarela | nl: geel gele | zh: 黄 黃 | ja: 黄 | ar: أصفر صفراء | ru: жёлтый желтый жёлтая желтая ~ orange
+    amarelo amarela | nl: geel gele | zh: 黄 黃 | ja: 黄 | ar: أصفر صفراء | ru: жёлтый желтый жёлтая желтая | he: צהוב
+    צהובה ~ orange
 colour.purple: purple violet lilac mauve | de: lila violett | fr: violet violette | es: morado morada violeta
     púrpura | it: viola | pt: roxo roxa | nl: paars paarse | zh: 紫 | ja: 紫 | ar: بنفسجي بنفسجية أرجواني | ru:
-    фиолетовый фиолетовая ~ pink blue
+    фиолетовый фиолетовая | he: סגול סגולה ~ pink blue
 colour.orange: orange tangerine | de: orange | fr: orange | es: naranja | it: arancione | pt: laranja | nl: oranje |
-    zh: 橙 | ja: 橙 | ar: برتقالي برتقالية | ru: оранжевый оранжевая ~ yellow red
+    zh: 橙 | ja: 橙 | ar: برتقالي برتقالية | ru: оранжевый оранжевая | he: כתום כתומה ~ yellow red
 colour.pink: pink rose magenta fuchsia | de: rosa pink | fr: rose | es: rosa rosado rosada | it: rosa | pt: rosa |
     nl: roze | zh: 粉 | ar: وردي وردية | ru: розовый розовая ~ purple red
 colour.brown: brown chestnut chocolate | de: braun | fr: brun brune marron | es: marrón | it: marrone | pt: marrom |
@@ -40,33 +43,37 @@ colour.brown: brown chestnut chocolate | de: braun | fr: brun brune marron | es:
 colour.turquoise: turquoise cyan teal aqua | de: türkis | fr: turquoise cyan | es: turquesa | it: turchese | nl:
     turkoois ~ blue green
 colour.black: black ebony | de: schwarz | fr: noir noire | es: negro negra | it: nero nera | pt: preto preta | nl:
-    zwart zwarte | zh: 黑 | ja: 黒 | ar: أسود سوداء | ru: чёрный черный чёрная черная чёрном черном ~ grey
+    zwart zwarte | zh: 黑 | ja: 黒 | ar: أسود سوداء | ru: чёрный черный чёрная черная чёрном черном | he: שחור שחורה ~
+    grey
 colour.white: white ivory | de: weiß | fr: blanc blanche | es: blanco blanca | it: bianco bianca | pt: branco branca
-    | nl: wit witte | zh: 白 | ja: 白 | ar: أبيض بيضاء | ru: белый белая белом ~ grey
+    | nl: wit witte | zh: 白 | ja: 白 | ar: أبيض بيضاء | ru: белый белая белом | he: לבן לבנה ~ grey
 colour.grey: grey gray silver | de: grau | fr: gris grise | es: gris | it: grigio grigia | pt: cinza cinzento | nl:
     grijs grijze | zh: 灰 | ja: 灰 | ar: رمادي رمادية | ru: серый серая ~ black white
+colour.dark: dark dim | de: dunkel | fr: sombre foncé foncée | es: oscuro oscura ~ black
+colour.light: light bright pale | de: hell | fr: clair claire | es: claro clara ~ white
 
 size.1-small: small little tiny mini minute | de: klein winzig | fr: petit petite | es: pequeño pequeña chico chica
     | it: piccolo piccola | pt: pequeno pequena | nl: klein kleine | zh: 小 | ja: 小 | ar: صغير صغيرة | ru: маленький
-    маленькая маленькое
+    маленькая маленькое | he: קטן קטנה
 size.2-medium: medium middling | de: mittelgroß mittel | fr: moyen moyenne | es: mediano mediana | it: medio media |
     pt: médio média | zh: 中 | ja: 中
 size.3-large: large big great huge giant enormous massive | de: groß riesig | fr: grand grande | es: grande gran |
-    it: grande | pt: grande | nl: groot grote | zh: 大 | ja: 大 | ar: كبير كبيرة | ru: большой большая большое
+    it: grande | pt: grande | nl: groot grote | zh: 大 | ja: 大 | ar: كبير كبيرة | ru: большой большая большое | he:
+    גדול גדולה
 
 shape.circle: circle round circular disc disk ball dot | de: kreis rund scheibe | fr: cercle rond ronde disque | es:
     círculo redondo redonda | it: cerchio tondo tonda | pt: círculo redondo | nl: cirkel rond ronde | zh: 圆 圓 | ja:
-    円 丸 | ar: دائرة | ru: круг ~ ellipse
+    円 丸 | ar: دائرة | ru: круг | he: עיגול ~ ellipse
 shape.ellipse: ellipse oval egg | de: ellipse oval | fr: ellipse ovale | es: elipse óvalo ~ circle
 shape.square: square box block | de: quadrat viereck | fr: carré carrée | es: cuadrado cuadrada | it: quadrato
-    quadrata | pt: quadrado quadrada | nl: vierkant | zh: 方 | ja: 四 | ar: مربع | ru: квадрат ~ rectangle
+    quadrata | pt: quadrado quadrada | nl: vierkant | zh: 方 | ja: 四 | ar: مربع | ru: квадрат | he: ריבוע ~ rectangle
 shape.rectangle: rectangle rectangular oblong | de: rechteck | fr: rectangle | es: rectángulo ~ square
 shape.hexagon: hexagon pentagon octagon polygon | de: sechseck fünfeck | fr: hexagone | es: hexágono ~ circle square
 shape.triangle: triangle triangular | de: dreieck | fr: triangle | es: triángulo | it: triangolo | pt: triângulo |
-    nl: driehoek | zh: 角 | ja: 三 | ar: مثلث | ru: треугольник ~ pyramid
+    nl: driehoek | zh: 角 | ja: 三 | ar: مثلث | ru: треугольник | he: משולש ~ pyramid
 shape.pyramid: pyramid cone ~ triangle
 shape.star: star starry pentagram | de: stern | fr: étoile | es: estrella | it: stella | pt: estrela | nl: ster |
-    zh: 星 | ja: 星 | ar: نجمة | ru: звезда звёздочка
+    zh: 星 | ja: 星 | ar: نجمة | ru: звезда звёздочка | he: כוכב
 shape.heart: heart | de: herz | fr: cœur coeur | es: corazón | it: cuore | pt: coração | zh: 心 | ar: قلب | ru:
     сердце
 shape.diamond: diamond rhombus | de: raute | fr: losange | es: rombo ~ square
@@ -74,7 +81,7 @@ shape.cube: cube dice | de: würfel | fr: cube | es: cubo ~ square
 shape.sphere: sphere globe bubble | de: kugel | fr: sphère boule | es: esfera ~ circle
 
 part.background: background backdrop | de: hintergrund grund | fr: fond | es: fondo | it: sfondo | pt: fundo | nl:
-    achtergrond | zh: 背 | ja: 背 | ar: خلفية | ru: фон фоне
+    achtergrond | zh: 背 | ja: 背 | ar: خلفية | ru: фон фоне | he: רקע
 
 digit.0: 0 zero nought | de: null | fr: zéro | es: cero | zh: 零
 digit.1: 1 one | de: eins | es: uno | zh: 一
@@ -112,6 +119,7 @@ body.breast: breast mamma mammary mammogram mammography | de: mamma | fr: sein |
 body.hand: hand wrist fingers | de: hand | fr: main | es: mano
 """
 
+
 def _folded(word: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
 
@@ -124,10 +132,12 @@ def _folded_words(text: str) -> frozenset[str]:
 _SMALL_WORDS = {
     "en": "a an the of on in at with and or is are for to from by as this that these those it its my your his her"
     " our their i you he she we they me us them please do does be can could would should want like need some"
-    " any there very really just so but now make makes made give show",
+    " any there very really just so but now make makes made give show something"
+    " anything everything all each every",
     "de": "ein eine einen einem einer eines der die das dem den des auf im in mit und oder von vom ist sind für zu"
     " zum zur aus bei ich du wir bitte mir mich es sehr aber jetzt nun mach mache male zeig zeige gib ganz"
-    " etwas alles",
+    " etwas alles etwas"
+    " alles vor hinter über unter am",
     "fr": "un une des le la les l du de d sur dans avec et ou est sont pour à au aux je tu nous vous moi s il elle"
     " très mais maintenant en fais dessine montre ce cette qui plaît",
     "es": "un una unos unas el la los las del de sobre en con y o es son para a al yo tú me por favor muy pero"
@@ -140,6 +150,7 @@ _SMALL_WORDS = {
     " maak teken toon dit dat die",
     "ru": "и в на с из для это мне пожалуйста очень но теперь сделай нарисуй покажи",
     "ar": "على في من مع و هذا هذه الآن لكن ارسم",
+    "he": "על עם של את זה עכשיו אבל בבקשה",
     "fa": "با در از یک را روی این و لطفا",
     "zh": "的 在 个 個 上 有 是 了 请 請 色 形 景 一",
     "ja": "の は が を に で と な き い い色 色 形 景",
@@ -152,6 +163,10 @@ REQUEST_WORDS = _folded_words(
     " sized size shape sizes shapes colours colors bild foto zeichne erzeuge farbe form dessin photographie"
     " couleur forme imagen dibujo genera crea color forma immagine disegno colore imagem cor afbeelding kleur"
     " vorm картинка цвет"
+)
+POLITE_WORDS = _folded_words(
+    "thanks thank hello hi ok okay yes yeah good great nice cool danke hallo ja gut merci bonjour oui gracias hola si"
+    " grazie ciao obrigado bedankt спасибо"
 )
 ARTICLES = _folded_words(
     "a an the ein eine einen einem einer der die das dem den un une le la el los una uno il lo um uma o een"
@@ -185,6 +200,8 @@ MORE = _folded_words("more plus más mehr più mais meer")
 LESS = _folded_words("less fewer weniger moins menos meno minder")
 GREATER = _folded_words("larger bigger greater größer groesser mayor groter больше крупнее")
 SMALLER = _folded_words("smaller littler tinier kleiner winziger menor меньше мельче")
+ALSO_NO_COMPARISON = _folded_words("kleiner mayor menor")  # "ein kleiner Kreis": a comparison only at the end
+SHADES = ("dark", "light")
 TALK = SAME | CHANGE | MAKE | IT | ANOTHER | MORE | LESS | GREATER | SMALLER
 LIKE_ON = _folded_words("on upon over against auf vor sur sobre contra su op على на 上")
 
@@ -257,12 +274,15 @@ def scale(kind: str) -> tuple[Meaning, ...]:
 
 def languages_of(word: str) -> set[str]:
     """Languages in whose column of the table the word, or a form of it, stands."""
-    return next(({language for language, _ in _words()[form]} for form in forms(word) if form in _words()), set())
+    found = next(({language for language, _ in _words()[form]} for form in forms(word) if form in _words()), set())
+    # Only English makes "bluish" and "reddest": what is left of them may be a word of another language.
+    return {"en"} if found and word not in _words() and word.endswith(("ish", "est")) else found
 
 
+@lru_cache(2**16)
 def is_small(word: str, language: str = UNDETERMINED) -> bool:
     """Whether `word` is a small word of `language` or English; of any language where that is not known."""
-    if word in REQUEST_WORDS:
+    if word in REQUEST_WORDS or word in POLITE_WORDS:
         return True
     codes = _small_words().keys() if language not in _small_words() else {language, "en"}
     return any(word in _small_words()[code] for code in codes)

@@ -13,17 +13,18 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from server import thesaurus
-from server.grammar import Grammar
+from server.grammar import Grammar, words_of
 from server.thesaurus import UNDETERMINED, Meaning, find_language, forms, is_small, meanings
 from shared.errors import PromptError
-from shared.words import split_words
+from shared.words import UNSPACED, split_words
 
 MOST_CHARACTERS = 4096
 MOST_WORDS = 100  # of a text; later ones are not read
 BINARY_SHARE = 0.1  # of characters that no text has
+LONGEST_WORD = 60  # characters that are kept of one, enough for any language's
 MOST_NEAREST = 4
 
 # How well a word of the model answers one of the text.
@@ -133,23 +134,22 @@ class Vocabulary:
     """The words of a model's prompts, and which of them answers a word of a person.
 
     Attributes:
+        words: all of them.
         language: of the prompts, or "und".
         content: words that name something.
     """
 
     def __init__(self, grammar: Grammar) -> None:
-        self.words = grammar.words
-        self.language = find_language(sorted(self.words), " ".join(grammar.prompts[:100])).code
-        self.content = frozenset(word for word in self.words if not is_small(word, self.language))
+        self.words = frozenset(grammar.words)
+        self.language = find_language(grammar.words, " ".join(grammar.prompts[:100])).code
+        self.content = frozenset(word for word in grammar.words if not is_small(word, self.language))
         self._by_form: dict[str, dict[str, None]] = defaultdict(dict)
         self._by_meaning: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         self._by_kind: dict[str, dict[str, None]] = defaultdict(dict)
         self._joined: dict[str, tuple[str, ...]] = {}
         self._by_initial: dict[str, list[str]] = defaultdict(list)
         self._as_shown: dict[str, str] = {}
-        # In the order of the prompts, so that what is named first there is offered first.
-        ordered = dict.fromkeys(word for prompt in grammar.prompts for word in split_words(prompt))
-        for word in ordered:
+        for word in grammar.words:  # in the order of the prompts, so that what is named first there is offered first
             if word not in self.content:
                 continue
             for form in forms(word):
@@ -158,14 +158,12 @@ class Vocabulary:
                 self._by_meaning[meaning.kind, meaning.name][word] = None
                 self._by_kind[meaning.kind][word] = None
             self._by_initial[word[0]].append(word)
-        for prompt in grammar.prompts:
-            for token in prompt.split():
-                if len(parts := split_words(token)) > 1:  # "T-shirt/top": shirt, tshirt, t-shirt
-                    shown = re.sub(r"^\W+|\W+$", "", token)
-                    for part in parts:
-                        self._as_shown.setdefault(part, shown)
-                    for first, second in itertools.pairwise(parts):
-                        self._join((first, second))
+        for token in grammar.tokens:
+            if len(parts := words_of(token)) > 1:  # "T-shirt/top": shirt, tshirt, t-shirt
+                for part in parts:
+                    self._as_shown.setdefault(part, re.sub(r"^\W+|\W+$", "", token))
+                for first, second in itertools.pairwise(parts):
+                    self._join((first, second))
 
     def _join(self, parts: tuple[str, str]) -> None:
         joined = "".join(parts)
@@ -183,23 +181,27 @@ class Vocabulary:
             before = plain[place - 1][0] if place else ""
             if word in thesaurus.NEGATIONS and word not in self.content and not (word == "no" and language == "pt"):
                 negated_in = segment
-                found.append(Word(word, segment, small=True))
+                found.append(Word(_short(word), segment, small=True))
                 continue
             matches = self.matches(word, language)
             if self._is_small(word, before, language, matches):
-                found.append(Word(word, segment, small=True))
+                found.append(Word(_short(word), segment, small=True))
                 continue
-            found.append(Word(word, segment, negated=segment == negated_in, matches=matches))
             following = plain[place + 1][0] if place + 1 < len(plain) else ""
+            if _is_shade(word) and any(meaning.kind == "colour" for meaning in meanings(following, language)):
+                matches = {}  # "dark blue" is not black
+            found.append(Word(_short(word), segment, negated=segment == negated_in, matches=matches))
             if following not in thesaurus.AND_OR:
                 negated_in = -1
-        return found
+        return _joined_where_unspaced(found)
 
     def _is_small(self, word: str, before: str, language: str, matches: Mapping[str, float]) -> bool:
         if word in self.content:
             return False
         if word == "one" and matches:  # of digits; "another one", "the green one" are none
             return before in thesaurus.ANOTHER | thesaurus.SAME | thesaurus.IT or before in self.content
+        if word in thesaurus.GREATER | thesaurus.SMALLER and matches:
+            return False  # without a description to change, "a larger star" is a large one
         return word in thesaurus.TALK or is_small(word, language)
 
     def matches(self, word: str, language: str = UNDETERMINED) -> dict[str, float]:
@@ -224,14 +226,15 @@ class Vocabulary:
                     near.setdefault(match, NEAR - place / 100)
         if near or meant:
             return near  # a word of the table is no typing error
-        return {match: SPELLING for match in self._spelled_alike(word, 0.8) if len(match) >= 4}
+        # A letter more, less or swapped. Of short words, "start" and "star", that makes another word too often.
+        return {match: SPELLING for match in self._spelled_alike(word, 0.82) if len(match) >= 5}
 
     def nearest(self, word: Word, language: str = UNDETERMINED) -> list[str]:
         """The words of the model nearest to one that it does not have; [] where none is near."""
         if word.matches:
             near = sorted(word.matches, key=lambda match: -word.matches[match])
         else:
-            kinds = [meaning.kind for meaning in meanings(word.text, language)]
+            kinds = [m.kind for m in meanings(word.text, language) if m.name not in thesaurus.SHADES]
             near = [match for kind in kinds for match in self._by_kind.get(kind, ())]
             near = near or self._spelled_alike(word.text, 0.7)
         # A part of "T-shirt" alone tells nobody anything; nor does a model's every word of a kind.
@@ -243,6 +246,30 @@ class Vocabulary:
             return []
         candidates = [other for other in self._by_initial[word[0]] if abs(len(other) - len(word)) <= 1]
         return difflib.get_close_matches(word, candidates, n=MOST_NEAREST, cutoff=least)
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}..."
+
+
+def _is_shade(word: str) -> bool:
+    return any(meaning.kind == "colour" and meaning.name in thesaurus.SHADES for meaning in meanings(word))
+
+
+def _joined_where_unspaced(words: Sequence[Word]) -> list[Word]:
+    """Neighbouring characters of unspaced scripts that the model does not know as one word, as they were written."""
+    found: list[Word] = []
+    for word in words:
+        last = found[-1] if found else None
+        if last is not None and last.segment == word.segment and _is_unknown_piece(word) and _is_unknown_piece(last):
+            found[-1] = replace(last, text=last.text + word.text)
+        else:
+            found.append(word)
+    return found
+
+
+def _is_unknown_piece(word: Word) -> bool:
+    return not word.small and not word.matches and re.fullmatch(f"[{UNSPACED}]+", word.text) is not None
 
 
 def _near(meaning: Meaning) -> Sequence[str]:
