@@ -84,7 +84,7 @@ def describe(
         return
     for place, description in enumerate(found):
         typer.echo(("\n" if place else "") + "\n".join(stage_lines(description)))
-    drawn = shlex.join(dict.fromkeys(each.description for each in found))
+    drawn = printable(shlex.join(dict.fromkeys(each.description for each in found)))
     say(f"next: fedcanvas generate {drawn} --model {shlex.quote(str(model))}")
     if any(each.keeps_latents for each in found):
         say("with the same --seed it stays the same picture, changed")
@@ -96,7 +96,9 @@ def stage_lines(description: Description) -> list[str]:
     for stage in description.stages:
         made = printable(stage.made)
         made = made if len(made) <= LONGEST_SHOWN else f"{made[:LONGEST_SHOWN]}..."
-        lines.append(f"{stage.name:<12} {made or '(nothing)'}  [{printable(stage.note)}]")
+        # Who wrote the last one stands before how.
+        note = f"{description.writer}: {stage.note}" if stage.name == "description" else stage.note
+        lines.append(f"{stage.name:<12} {made or '(nothing)'}  [{printable(note)}]")
     if "description" not in {stage.name for stage in description.stages}:
         lines.append(f"{'as written':<12} {printable(description.description)}")
     return lines

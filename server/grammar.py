@@ -203,12 +203,15 @@ class Grammar:
 
 
 def _fit(template: Template, words: tuple[str, ...]) -> dict[int, str] | None:
-    """Values of the slots with which `template` has just these words, from left to right without going back much."""
+    """Values of the slots with which `template` has just these words."""
     by_place = {slot.place: slot for slot in template.slots}
+    hopeless: set[tuple[int, int]] = set()  # places from which it was tried; values may begin alike
 
     def from_place(place: int, at: int) -> dict[int, str] | None:
         if place == len(template.tokens):
             return {} if at == len(words) else None
+        if (place, at) in hopeless:
+            return None
         texts = by_place[place].values if place in by_place else (template.tokens[place],)
         for text in texts:
             part = words_of(text)
@@ -216,6 +219,7 @@ def _fit(template: Template, words: tuple[str, ...]) -> dict[int, str] | None:
                 rest = from_place(place + 1, at + len(part))
                 if rest is not None:
                     return {place: text, **rest} if place in by_place else rest
+        hopeless.add((place, at))
         return None
 
     return from_place(0, 0)

@@ -52,7 +52,8 @@ colour.grey: grey gray silver | de: grau | fr: gris grise | es: gris | it: grigi
 colour.dark: dark dim | de: dunkel | fr: sombre foncé foncée | es: oscuro oscura ~ black
 colour.light: light bright pale | de: hell | fr: clair claire | es: claro clara ~ white
 
-size.1-small: small little tiny mini minute | de: klein winzig | fr: petit petite | es: pequeño pequeña chico chica
+size.1-small: small little tiny teeny wee mini minute | de: klein winzig | fr: petit petite | es: pequeño
+    pequeña chico chica
     | it: piccolo piccola | pt: pequeno pequena | nl: klein kleine | zh: 小 | ja: 小 | ar: صغير صغيرة | ru: маленький
     маленькая маленькое | he: קטן קטנה
 size.2-medium: medium middling | de: mittelgroß mittel | fr: moyen moyenne | es: mediano mediana | it: medio media |

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -580,6 +582,15 @@ def test_the_command_shows_each_stage_in_a_line(model: Path, capsys: pytest.Capt
     assert [line.split()[0] for line in out.splitlines()] == list(STAGES)
     assert "a small blue circle on a white background" in out.splitlines()[-1]
     assert f"next: fedcanvas generate 'a small blue circle on a white background' --model {model}" in err
+
+
+def test_the_example_of_the_page_is_what_the_command_prints(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs/prompting.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```\n\$ fedcanvas (.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    command, *lines = shown.splitlines()
+    assert run([str(model) if word == "model" else word for word in shlex.split(command)]) == 0
+    out, err = capsys.readouterr()
+    assert lines == [*out.splitlines(), err.splitlines()[-1].replace(str(model), "model")]
 
 
 def test_the_command_as_json_and_a_talk(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
