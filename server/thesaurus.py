@@ -53,9 +53,8 @@ colour.dark: dark dim | de: dunkel | fr: sombre foncé foncée | es: oscuro oscu
 colour.light: light bright pale | de: hell | fr: clair claire | es: claro clara ~ white
 
 size.1-small: small little tiny teeny wee mini minute | de: klein winzig | fr: petit petite | es: pequeño
-    pequeña chico chica
-    | it: piccolo piccola | pt: pequeno pequena | nl: klein kleine | zh: 小 | ja: 小 | ar: صغير صغيرة | ru: маленький
-    маленькая маленькое | he: קטן קטנה
+    pequeña chico chica | it: piccolo piccola | pt: pequeno pequena | nl: klein kleine | zh: 小 | ja: 小 | ar:
+    صغير صغيرة | ru: маленький маленькая маленькое | he: קטן קטנה
 size.2-medium: medium middling | de: mittelgroß mittel | fr: moyen moyenne | es: mediano mediana | it: medio media |
     pt: médio média | zh: 中 | ja: 中
 size.3-large: large big great huge giant enormous massive | de: groß riesig | fr: grand grande | es: grande gran |
