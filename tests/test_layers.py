@@ -37,8 +37,8 @@ LEVELS = {
         "client.site", "client.gate",
     ],
     "server": [
-        "server.cli", "server.serve_cli", "server.deployment_cli", "server.worker", "server.delivery", "server.app", "server.rounds",
-        "server.cohort",
+        "server.cli", "server.serve_cli", "server.deployment_cli", "server.worker", "server.delivery", "server.app",
+        "server.rounds", "server.cohort",
     ],
 }
 
