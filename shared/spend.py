@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 from shared.errors import TrustError
@@ -136,7 +137,13 @@ class SpendStatement:
         most = 0 if plan.warm_start_noise_multiplier is None else 1
         if plan.private and (self.steps > plan.reserved_steps or unsampled > most):
             raise TrustError(f"site {self.site} charged more than the plan of run {self.run} reserves")
-        return plan.spent(self.steps, warm_start=unsampled > 0 and plan.private, exact=True)
+        return _spent(plan, self.steps, unsampled > 0 and plan.private)
+
+
+@lru_cache(maxsize=64)
+def _spent(plan: PrivacyPlan, steps: int, warm_start: bool) -> EpsilonReport:
+    """Sites of one run mostly have the same plan and number of steps."""
+    return plan.spent(steps, warm_start=warm_start, exact=True)
 
 
 def _charges(listed: list[Any], what: str) -> tuple[tuple[int, int, str, int, str, str], ...]:
