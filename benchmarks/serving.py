@@ -1,11 +1,12 @@
 """What a service costs: throughput and waiting at 1, 16 and 64 clients beside a bare loop over the model, and memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/serving.py [--seconds 5] [--pictures 4] [--requests 5000]
+    OMP_NUM_THREADS=1 python benchmarks/serving.py [--rounds 5] [--seconds 2] [--pictures 4] [--requests 5000]
 
-The model has the demo's size and the weights it starts with. The bare loop draws arrays and makes no files; it is
-measured before and after the service, in this process, request by request (as a script would) and in full batches.
-The service is the command in a process of its own; clients are sockets of this process on the same machine, so
-they take time from it.
+The model has the demo's size and the weights it starts with. The bare loop draws arrays and makes no files, in this
+process, request by request (as a script would) and in full batches. The service is the command in a process of its own;
+clients are sockets of this process on the same machine, so they take time from it. A round measures each of them once,
+and a ratio is the median of those within a round, since a shared machine changes from minute to minute. Processor time
+a picture is shown as well: it says what a machine without an idle core can reach.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.generator import Generator
@@ -36,36 +39,59 @@ PROMPTS = tuple(f"a picture of {number}" for number in range(96))
 CLIENTS = (1, 16, 64)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Pictures a second, seconds of each request that was served, and requests that were told to come again."""
+
+    rate: float
+    waits: list[float]
+    refused: int
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=4, help="of a request")
     parser.add_argument("--requests", type=int, default=5000, help="over which memory is looked at")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = _make_run(Path(folder) / "run")
         generator = Generator.load(run)
-        loops = [_loops(generator, options.pictures, options.seconds / 2)]
-        with _service(run) as (process, port):
-            rows = [
-                (clients, *asyncio.run(_load(port, clients, options.pictures, seconds=options.seconds)))
-                for clients in CLIENTS
-            ]
+        rounds: list[tuple[dict[str, float], dict[int, Measured]]] = []
+        with Service(run) as (process, port):
+            for _ in range(options.rounds):
+                loops = _loops(generator, options.pictures, options.seconds / 2)
+                rows = {
+                    clients: asyncio.run(_load(port, clients, options.pictures, seconds=options.seconds))
+                    for clients in CLIENTS
+                }
+                rounds.append((loops, rows))
+            spent = _processor(process.pid)
             before = _resident(process.pid)
             asyncio.run(_load(port, 16, options.pictures, requests=options.requests))
             after = _resident(process.pid)
-        loops.append(_loops(generator, options.pictures, options.seconds / 2))
-    by_request, full = (statistics.mean(values) for values in zip(*loops, strict=True))
-    print(f"{options.pictures} pictures a request, pictures a second:")
-    print(f"  bare loop, request by request  {by_request:7.0f}   ({_both([a for a, _ in loops])})")
-    print(f"  bare loop, batches of {BATCH}       {full:7.0f}   ({_both([b for _, b in loops])})")
+            spent = (_processor(process.pid) - spent) / (options.requests * options.pictures)
+    print(f"{options.pictures} pictures a request, a second; medians of {options.rounds} rounds (each of them):")
+    for name, said in (("request", "bare loop, request by request"), ("full", f"bare loop, batches of {BATCH}")):
+        rates = [loops[name] for loops, _ in rounds]
+        print(f"  {said:30} {_median(rates):6.0f}   ({_all(rates)})")
     print("  clients  pictures/s  of the loop by request  of full batches   p50 ms   p99 ms   refused")
-    for clients, rate, seconds, refused in rows:
-        quantiles = statistics.quantiles(seconds, n=100)
-        print(
-            f"  {clients:7}  {rate:10.0f}  {rate / by_request:22.2f}  {rate / full:15.2f}"
-            f"  {quantiles[49] * 1e3:7.1f}  {quantiles[98] * 1e3:7.1f}  {refused:8}"
+    for clients in CLIENTS:
+        found = [rows[clients] for _, rows in rounds]
+        quantiles = statistics.quantiles([wait for one in found for wait in one.waits], n=100)
+        by_request, full = (
+            _median([rows[clients].rate / loops[name] for loops, rows in rounds]) for name in ("request", "full")
         )
+        print(
+            f"  {clients:7}  {_median([one.rate for one in found]):10.0f}  {by_request:22.2f}  {full:15.2f}"
+            f"  {quantiles[49] * 1e3:7.1f}  {quantiles[98] * 1e3:7.1f}  {sum(one.refused for one in found):8}"
+        )
+    bare = _median([loops["processor"] for loops, _ in rounds])
+    print(
+        f"processor time a picture: {bare * 1e3:.2f} ms in the loop of full batches, {spent * 1e3:.2f} ms in the"
+        f" service at 16 clients (ratio {bare / spent:.2f})"
+    )
     print(
         f"memory of the service: {before / 2**20:.1f} MiB, after {options.requests} requests more"
         f" {after / 2**20:.1f} MiB"
@@ -86,25 +112,29 @@ def _make_run(path: Path) -> Path:
     return path
 
 
-def _loops(generator: Generator, pictures: int, seconds: float) -> tuple[float, float]:
-    """Pictures a second: request by request, and in full batches."""
-    batch = [PROMPTS[index % len(PROMPTS)] for index in range(BATCH)]
-    return (
-        _rate(lambda: generator.arrays([PROMPTS[0]] * pictures, seeds=[1] * pictures, indices=range(pictures)), pictures, seconds),
-        _rate(lambda: generator.arrays(batch, seeds=range(BATCH), indices=[0] * BATCH), BATCH, seconds),
+def _loops(generator: Generator, pictures: int, seconds: float) -> dict[str, float]:
+    """Pictures a second, request by request and in full batches, and processor time a picture of the latter."""
+    prompts, full = [PROMPTS[0]] * pictures, [PROMPTS[index % len(PROMPTS)] for index in range(BATCH)]
+    by_request, _ = _rate(
+        lambda: generator.arrays(prompts, seeds=[1] * pictures, indices=range(pictures)), pictures, seconds
+    )
+    in_full, processor = _rate(
+        lambda: generator.arrays(full, seeds=range(BATCH), indices=[0] * BATCH), BATCH, seconds
     )  # fmt: skip
+    return {"request": by_request, "full": in_full, "processor": processor}
 
 
-def _rate(draw: Callable[[], object], pictures: int, seconds: float) -> float:
+def _rate(draw: Callable[[], object], pictures: int, seconds: float) -> tuple[float, float]:
+    """(pictures a second, processor time a picture)."""
     draw()
-    began, count = time.perf_counter(), 0
+    began, spent, count = time.perf_counter(), time.process_time(), 0
     while (took := time.perf_counter() - began) < seconds:
         draw()
         count += pictures
-    return count / took
+    return count / took, (time.process_time() - spent) / count
 
 
-class _service:
+class Service:
     """The command as a process: (process, port)."""
 
     def __init__(self, run: Path) -> None:
@@ -130,8 +160,7 @@ class _service:
 
 async def _load(
     port: int, clients: int, pictures: int, *, seconds: float = float("inf"), requests: int = 2**62
-) -> tuple[float, list[float], int]:
-    """(pictures a second, seconds of each request that was served, requests that were told to come again)."""
+) -> Measured:
     until, left = time.perf_counter() + seconds, [requests]
     waits: list[float] = []
     refused = 0
@@ -162,7 +191,7 @@ async def _load(
 
     began = time.perf_counter()
     await asyncio.gather(*(client(number) for number in range(clients)))
-    return len(waits) * pictures / (time.perf_counter() - began), waits, refused
+    return Measured(len(waits) * pictures / (time.perf_counter() - began), waits, refused)
 
 
 def _resident(process: int) -> int:
@@ -172,7 +201,17 @@ def _resident(process: int) -> int:
     return int(found[1]) * 1024
 
 
-def _both(values: list[float]) -> str:
+def _processor(process: int) -> float:
+    """Seconds that it has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _all(values: list[float]) -> str:
     return ", ".join(f"{value:.0f}" for value in values)
 
 
