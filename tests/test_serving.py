@@ -469,6 +469,36 @@ def test_drawing_that_takes_too_long_is_504_and_its_room_is_free(held: HeldBack)
         assert service.studio.load.units == 0
 
 
+def test_work_that_outlasts_the_end_of_the_service_is_503(held: HeldBack) -> None:
+    with served(held, ending_seconds=1) as service, ThreadPoolExecutor(2) as pool:  # type: ignore[arg-type]
+        asked = [pool.submit(service.draw, seed=seed) for seed in range(2)]
+        wait_until(lambda: service.studio.load.units == 2)
+        service.service.should_exit = True
+        try:
+            assert {error(done.result(), 503)["type"] for done in asked} == {"server_error"}
+        finally:
+            held.let.set()
+    assert service.studio.load.units == 0
+
+
+def test_work_under_way_is_finished_when_the_service_ends(held: HeldBack) -> None:
+    with served(held) as service, ThreadPoolExecutor(2) as pool:  # type: ignore[arg-type]
+        asked = [pool.submit(service.draw, seed=seed) for seed in range(2)]
+        wait_until(lambda: service.studio.load.units == 2)
+        service.service.should_exit = True
+        wait_until(lambda: not _accepts(service))
+        held.let.set()
+        assert [len(pictures(done.result())) for done in asked] == [1, 1]
+
+
+def _accepts(service: Served) -> bool:
+    try:
+        service.connect().close()
+    except ConnectionError:
+        return False
+    return True
+
+
 def test_clients_that_hang_before_their_request_is_whole_are_let_go(generator: Generator) -> None:
     with served(generator, head_seconds=0.5, body_seconds=0.5) as service:
         silent, half_head, half_body = service.connect(), service.connect(), service.connect()

@@ -73,6 +73,9 @@ class Guard:
         except ClientLeft:
             answer.status = CLIENT_LEFT
             self._metrics.given_up.inc()
+        except asyncio.CancelledError:
+            # The time for work under way is over. uvicorn would call it an error of the service.
+            await answer.error(ApiError(503, "the service is being stopped", retry_after=5, close=True))
         except Exception as error:
             LOG.error("an error of the service itself: %s", where(error), extra={"fields": {"id": answer.id}})
             await answer.error(ApiError(500, f"the service made an error; its log has it under {answer.id}"))

@@ -28,10 +28,11 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, Any] = getattr(record, "fields", {})
+        text = printable(record.getMessage().strip())
         if self._form == "json":
-            about = {"time": when, "level": record.levelname.lower(), "text": record.getMessage(), **fields}
+            about = {"time": when, "level": record.levelname.lower(), "text": text, **fields}
             return json.dumps(about, ensure_ascii=False)
-        said = " ".join([record.getMessage(), *(f"{name}={printable(str(value))}" for name, value in fields.items())])
+        said = " ".join([text, *(f"{name}={printable(str(value))}" for name, value in fields.items())])
         return f"{when} {said}"
 
 
