@@ -25,7 +25,10 @@ from hypothesis import strategies as st
 from shared.config import TextConfig
 from shared.errors import ConfigError, DataError
 from shared.text import CaptionEncoder, HashingEncoder, build_encoder, cached_encode, split_words
+from shared.torchvision_operators import ensure_importable
 from simulations.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES
+
+ensure_importable()  # this file alone, with a torchvision for CUDA beside a torch for the CPU
 
 
 def cosine(encoder: CaptionEncoder, first: str, second: str) -> float:
