@@ -1,0 +1,508 @@
+// The page over the API of `fedcanvas serve`: asks for pictures, shows them, and says what the model may know.
+//
+// Text of the API, prompts above all, becomes text of the page and never markup. Nothing is asked of any other host.
+// Not here: what is drawn (server/generator.py), and whether a request is let in (server/serving/guard.py).
+
+const MOST_OFFERS = 8;
+const MOST_LOCAL_PROMPTS = 1000; // as many as one answer of the service has
+const MOST_SETS = 60; // of the gallery; the oldest go first
+const EXAMPLES = 4;
+const SLOW_MS = 1000; // after which drawing can be stopped
+const KEY = "fedcanvas-key";
+const GALLERY = "fedcanvas-gallery";
+
+const at = (id) => document.getElementById(id);
+const prompt = at("prompt"), seed = at("seed"), variety = at("variety"), offers = at("offers"), grid = at("grid");
+
+let model = null; // what the service says of its model
+let prompts = []; // those that are known here
+let total = 0; // of prompts that the service has
+let sets = []; // drawn in this session: {prompt, seed, truncation, trained, pictures: [base64]}, newest first
+let shown = null; // the one of them that is in the grid
+let drawing = null; // AbortController of the request under way
+let key = null; // of the API, where it asks for one
+
+// ---- the API
+
+class Refusal extends Error {
+  constructor(status, message, { param = null, field = null } = {}) {
+    super(message);
+    Object.assign(this, { status, param: field ?? param });
+  }
+}
+
+/** JSON of an answer. Throws a Refusal whose message says, for people, what happened and what to do. */
+async function ask(path, { body, signal } = {}) {
+  const headers = { accept: "application/json" };
+  if (key) headers.authorization = `Bearer ${key}`;
+  if (body) headers["content-type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refusal(0, "The service does not answer. See that it is running (fedcanvas serve), then try again.");
+  }
+  const found = await answer.json().catch(() => null);
+  if (answer.ok && found) return found;
+  const about = found?.error ?? {};
+  throw new Refusal(answer.status, inWords(answer, about), about);
+}
+
+function inWords(answer, about) {
+  const said = about.message ? sentence(about.message) : "";
+  const wait = Number(answer.headers.get("retry-after")) || 5;
+  switch (answer.status) {
+    case 401: return "This key is not known to the service. See that it is whole, or ask whoever runs it for a new one.";
+    case 429: return `Many people are drawing just now. Try again in ${counted(wait, "second")}.`;
+    case 504: return "It took too long. Try again, or ask for fewer pictures.";
+    case 503: return "The service has stopped drawing. Whoever runs it has to start it again.";
+    case 500:
+      return `The service made an error. If it happens again, tell whoever runs it this number: ${
+        answer.headers.get("x-request-id") ?? "none"}.`;
+    default: return said || `The service refused (${answer.status}). Load this page again, then try once more.`;
+  }
+}
+
+// ---- words
+
+const counted = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?)]$/.test(text) ? "" : ".");
+const figure = (value) => Number(value).toLocaleString("en", { maximumSignificantDigits: 3 });
+
+/** 0.5 by nothing known, to at most this, in percent: rounded up, and never to a plain 100. */
+function mostSure(epsilon) {
+  const missing = 100 / (1 + Math.exp(epsilon));
+  const digits = Math.min(6, Math.max(0, Math.ceil(-Math.log10(missing))));
+  return missing < 1e-6 ? "all but 100 %" : `${(100 - Math.floor(missing * 10 ** digits) / 10 ** digits).toFixed(digits)} %`;
+}
+
+function oneIn(chance) {
+  return chance > 0 ? `1 in ${figure(1 / chance)}` : "0";
+}
+
+/** What epsilon promises, and what it does not, in sentences; the first is the verdict. */
+function privacyInWords({ epsilon, delta, unit, verified, private: isPrivate, simulated, sites }) {
+  const one = unit === "subject" ? "subject (all pictures of one person)" : "record (a picture with its captions)";
+  if (isPrivate === false) {
+    return ["It was trained without differential privacy: it may have learned any record by heart."];
+  }
+  if (epsilon === null || epsilon === undefined) {
+    return ["How much it may know is not known: the model says no epsilon. Treat it as if it knew every record by heart."];
+  }
+  const verdict =
+    epsilon <= 1 ? "Little: the model is nearly the same with or without any one record."
+    : epsilon <= 3 ? "Something, within a limit that means something: doubts about any one record remain."
+    : "Perhaps a lot: a limit is proven, but a limit this high rules out little by itself.";
+  const words = [
+    verdict,
+    `Somebody who thinks it a toss of a coin whether one ${one} was used in training can become at most`
+      + ` ${mostSure(epsilon)} sure from this model`
+      + (delta ? `, but for a chance of ${oneIn(delta)}.` : ".")
+      + ` In other words, the odds change by a factor of ${figure(Math.exp(Math.min(epsilon, 700)))} at most.`,
+  ];
+  if (epsilon > 3) {
+    words.push("What attacks really reach may be much less. That is measured, not promised: this figure does not say it.");
+  }
+  if (sites !== 1) words.push("The figure is of one site. Whoever has records at several adds theirs up.");
+  if (simulated) {
+    words.push("This model comes from a simulation: its noise was made from a written seed, so the figure shows what a"
+      + " real run would promise. It protects no real records.");
+  }
+  if (!verified) words.push("Nobody has signed for this figure: it is what the model says of itself.");
+  return words;
+}
+
+// ---- small things of the page
+
+function make(tag, about = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(about)) {
+    if (name in made && typeof value !== "string") made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+function stored(name) {
+  try { return sessionStorage.getItem(name); } catch { return null; }
+}
+
+/** Whether there was room; a browser may refuse any storage. */
+function store(name, value) {
+  try {
+    if (value === null) sessionStorage.removeItem(name);
+    else sessionStorage.setItem(name, value);
+    return true;
+  } catch { return false; }
+}
+
+function wrong(field, message) {
+  const place = at(`${field.id}-error`);
+  place.textContent = message;
+  place.hidden = !message;
+  if (message) field.setAttribute("aria-invalid", "true");
+  else field.removeAttribute("aria-invalid");
+}
+
+function problem(message) {
+  at("problem").textContent = message;
+  at("problem").hidden = !message;
+}
+
+// ---- offers under the prompt
+
+let active = -1, lastAsked = 0;
+
+/** Prompts that hold every word typed, in any order; those that begin as typed come first. */
+function matching(typed, among) {
+  const folded = typed.trim().toLowerCase(), words = folded.split(/\s+/);
+  const found = among.filter((text) => { const low = text.toLowerCase(); return words.every((word) => low.includes(word)); });
+  const first = found.filter((text) => text.toLowerCase().startsWith(folded));
+  return first.length === found.length ? found : [...first, ...found.filter((text) => !first.includes(text))];
+}
+
+async function offer() {
+  const typed = prompt.value, number = ++lastAsked;
+  let among = prompts;
+  if (total > prompts.length) {
+    const longest = typed.trim().split(/\s+/).reduce((a, b) => (b.length > a.length ? b : a), "");
+    try {
+      among = (await ask(`v1/prompts?limit=${MOST_LOCAL_PROMPTS}&contains=${encodeURIComponent(longest)}`)).data;
+    } catch { among = prompts; } // what is known here is still offered
+    if (number !== lastAsked) return; // typed on meanwhile
+  }
+  const exact = among.includes(typed.trim());
+  const found = exact ? [] : matching(typed, among);
+  showOffers(found.slice(0, MOST_OFFERS), found.length);
+}
+
+function showOffers(found, all = found.length) {
+  active = -1;
+  prompt.removeAttribute("aria-activedescendant");
+  offers.replaceChildren(...found.map((text, i) => make("li", { id: `offer-${i}`, role: "option", "aria-selected": "false" }, text)));
+  offers.hidden = found.length === 0;
+  prompt.setAttribute("aria-expanded", String(found.length > 0));
+  at("offers-said").textContent = found.length ? `${counted(all, "prompt")} fit; the first ${found.length} are listed.` : "";
+}
+
+function point(to) {
+  const items = [...offers.children];
+  active = (to + items.length) % items.length;
+  items.forEach((item, i) => item.setAttribute("aria-selected", String(i === active)));
+  prompt.setAttribute("aria-activedescendant", items[active].id);
+}
+
+function take(text) {
+  prompt.value = text;
+  lastAsked++;
+  showOffers([]);
+  wrong(prompt, "");
+}
+
+prompt.addEventListener("input", () => { wrong(prompt, ""); offer(); });
+prompt.addEventListener("focus", () => prompt.select());
+prompt.addEventListener("blur", () => { lastAsked++; showOffers([]); });
+prompt.addEventListener("keydown", (event) => {
+  if (event.isComposing) return;
+  const open = !offers.hidden;
+  if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+    event.preventDefault();
+    if (open) point(event.key === "ArrowDown" ? active + 1 : active < 0 ? offers.children.length - 1 : active - 1);
+    else showOffers(prompts.slice(0, MOST_OFFERS), total);
+  } else if (event.key === "Enter" && open && active >= 0) {
+    event.preventDefault();
+    take(offers.children[active].textContent);
+  } else if (event.key === "Escape" && open) {
+    event.preventDefault();
+    showOffers([]);
+  }
+});
+offers.addEventListener("mousedown", (event) => event.preventDefault()); // the field keeps the focus
+offers.addEventListener("click", (event) => {
+  const item = event.target.closest("li");
+  if (item) take(item.textContent);
+});
+
+// ---- drawing
+
+function checkedSeed() {
+  const text = seed.value.trim();
+  wrong(seed, "");
+  if (text === "") return null;
+  const value = Number(text);
+  if (/^\d+$/.test(text) && Number.isSafeInteger(value)) return value;
+  wrong(seed, `A seed is a whole number from 0 to ${Number.MAX_SAFE_INTEGER}, or nothing for new pictures each time.`);
+  seed.focus();
+  return undefined;
+}
+
+async function draw() {
+  if (drawing) return;
+  lastAsked++;
+  showOffers([]);
+  problem("");
+  wrong(prompt, "");
+  if (model === null) await begin(); // the first try failed: no key, or no service
+  if (model === null) return;
+  const text = prompt.value.trim(), chosen = checkedSeed();
+  if (chosen === undefined) return;
+  if (!text) {
+    wrong(prompt, "Say what it shall draw, or choose one of the examples.");
+    prompt.focus();
+    return;
+  }
+  const n = Number(document.querySelector('input[name="n"]:checked').value);
+  const body = { prompt: text, n, response_format: "b64_json", truncation: Number(variety.value) };
+  if (chosen !== null) body.seed = chosen;
+  drawing = new AbortController();
+  const slow = setTimeout(() => { at("stop").hidden = false; }, SLOW_MS);
+  busy(n, text);
+  try {
+    const answer = await ask("v1/images/generations", { body, signal: drawing.signal });
+    const made = {
+      prompt: text, seed: answer.data[0].seed, truncation: body.truncation, trained: answer.fedcanvas.trained_on_prompt,
+      model: answer.fedcanvas.model, pictures: answer.data.map((picture) => picture.b64_json),
+    };
+    sets = [made, ...sets].slice(0, MOST_SETS);
+    remember();
+    show(made);
+    gallery();
+  } catch (error) {
+    failed(error);
+  } finally {
+    clearTimeout(slow);
+    at("stop").hidden = true;
+    at("draw").removeAttribute("aria-disabled");
+    grid.removeAttribute("aria-busy");
+    drawing = null;
+  }
+}
+
+function busy(n, text) {
+  at("draw").setAttribute("aria-disabled", "true");
+  grid.setAttribute("aria-busy", "true");
+  placeholders(n);
+  said("Drawing…", text);
+  for (const id of ["keep", "smooth-choice"]) at(id).hidden = true;
+}
+
+function failed(error) {
+  if (shown) show(shown);
+  else { placeholders(4); said("Nothing was drawn", ""); }
+  if (error.name === "AbortError") { problem("Stopped. Press Draw to try again."); return; }
+  if (!(error instanceof Refusal)) { problem("This page made an error. Load it again, then try once more."); throw error; }
+  if (error.status === 401) { askForKey(error.message, draw); return; } // it was taken back meanwhile
+  if (error.param === "prompt" || error.param === "seed") {
+    wrong(at(error.param), error.message);
+    at(error.param).focus();
+    return;
+  }
+  problem(error.message);
+}
+
+function said(title, about) {
+  at("shown-title").textContent = title;
+  at("shown-about").textContent = about;
+}
+
+function placeholders(n) {
+  grid.dataset.count = n;
+  grid.replaceChildren(...Array.from({ length: n }, () => make("li", { class: "empty", "aria-hidden": "true" })));
+}
+
+const address = (base64) => `data:image/png;base64,${base64}`;
+const alt = (set, i) => `${set.prompt}, seed ${set.seed}, picture ${i + 1} of ${set.pictures.length}`;
+const fileName = (set, i) =>
+  `${set.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "picture"}-${set.seed}-${i}.png`;
+
+function show(set) {
+  shown = set;
+  const varied = set.truncation < 1 ? `, variety ${set.truncation}` : "";
+  said(set.prompt, `${counted(set.pictures.length, "picture")}, seed ${set.seed}${varied}.`
+    + (set.trained ? "" : " The model was never trained on these words, so the pictures may not fit them."));
+  grid.dataset.count = set.pictures.length;
+  grid.replaceChildren(...set.pictures.map((picture, i) => make("li", {}, make("figure", {},
+    make("img", { src: address(picture), alt: alt(set, i) }),
+    make("figcaption", {}, make("a", {
+      class: "small", href: address(picture), download: fileName(set, i), "aria-label": `Download picture ${i + 1}`,
+    }, make("span", { "aria-hidden": "true" }, "↓"), "Download"))))));
+  for (const id of ["keep", "smooth-choice"]) at(id).hidden = false;
+  kept();
+  for (const button of at("gallery").querySelectorAll("button")) mark(button);
+}
+
+function kept() {
+  at("keep").hidden = !shown || seed.value.trim() === String(shown.seed);
+  at("seed-clear").hidden = seed.value === "";
+}
+
+at("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
+at("stop").addEventListener("click", () => { drawing?.abort(); at("draw").focus(); });
+at("keep").addEventListener("click", () => { seed.value = shown.seed; wrong(seed, ""); kept(); at("draw").focus(); });
+at("seed-clear").addEventListener("click", () => { seed.value = ""; wrong(seed, ""); kept(); at("draw").focus(); });
+seed.addEventListener("input", () => { wrong(seed, ""); kept(); });
+at("smooth").addEventListener("change", (event) => document.body.classList.toggle("is-smooth", event.target.checked));
+
+// ---- gallery of the session
+
+function gallery() {
+  at("session-empty").hidden = sets.length > 0;
+  at("session-clear").hidden = sets.length === 0;
+  at("gallery").replaceChildren(...sets.map((set) => {
+    const thumbs = set.pictures.slice(0, 4).map((picture) => make("img", { src: address(picture), alt: "" }));
+    const button = make("button", { type: "button", "aria-label": `Show again: ${set.prompt}, seed ${set.seed}` },
+      make("div", { class: "thumbs", "data-count": String(thumbs.length) }, ...thumbs),
+      make("div", { class: "name" }, set.prompt));
+    button.of = set;
+    mark(button);
+    button.addEventListener("click", () => {
+      if (drawing) return;
+      problem("");
+      take(set.prompt);
+      show(set);
+      at("said").scrollIntoView({ block: "nearest" });
+    });
+    return make("li", {}, button);
+  }));
+}
+
+function mark(button) {
+  if (button.of === shown) button.setAttribute("aria-current", "true");
+  else button.removeAttribute("aria-current");
+}
+
+/** For a reload of the tab; where there is no room, as many of the newest as fit. */
+function remember() {
+  for (let most = sets.length; most > 0; most = Math.floor(most / 2)) {
+    if (store(GALLERY, JSON.stringify(sets.slice(0, most)))) return;
+  }
+  store(GALLERY, null);
+}
+
+function recall() {
+  try { sets = JSON.parse(stored(GALLERY) ?? "[]"); } catch { sets = []; }
+  sets = sets.filter((set) => set.model === model.digest); // another model would draw others of the same seed
+  gallery();
+}
+
+at("session-clear").addEventListener("click", () => {
+  sets = [];
+  store(GALLERY, null);
+  gallery();
+  at("draw").focus();
+});
+
+// ---- the card
+
+function showCard() {
+  const { card, line, ...about } = model;
+  const privacy = card?.privacy ?? {};
+  const simulated = card?.simulated ?? card?.entropy === "seeded";
+  const sites = privacy.sites ? Object.keys(privacy.sites).length : null;
+  const words = privacyInWords({ ...about, simulated, sites });
+  const known = about.private !== false && about.epsilon !== null;
+  const short = known ? `epsilon ${figure(about.epsilon)}` : about.private === false ? "no privacy" : "epsilon not known";
+  at("card-title").textContent = `What this model may know about any one ${about.unit === "subject" ? "subject" : "record"}`;
+  at("card-figure").textContent = short;
+  at("card-figure-about").textContent = known ? "the smaller, the less it may know" : "";
+  at("card-words").replaceChildren(...words.map((text, i) => make("p", i ? {} : { class: "verdict" }, text)));
+  const rows = [
+    ["Pictures", `${about.size} pixels`],
+    ["Prompts it was trained on", about.prompts.toLocaleString("en")],
+    ["Sites", sites && `${sites}${simulated ? ", simulated" : ""}`],
+    ["Delta", about.delta && about.delta.toExponential(0)],
+    ["Neighbours", about.adjacency && `${about.adjacency} one ${about.unit === "subject" ? "subject" : "record"}`],
+    ["Evidence", line && sentence(line)],
+    ["Digest", about.digest],
+  ];
+  at("card-details").replaceChildren(...rows.filter(([, value]) => value).flatMap(
+    ([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+  at("card-loading").hidden = true;
+  at("card-body").hidden = false;
+  at("epsilon-pill").textContent = `${short.charAt(0).toUpperCase()}${short.slice(1)}: what it may know`;
+  at("epsilon-pill").hidden = false;
+  if (about.warning) {
+    at("warning").textContent = "This model is not verified: whatever it says of itself, its privacy included, may be false.";
+    at("warning").hidden = false;
+  }
+}
+
+// ---- examples
+
+/** Spread over the pool by the golden ratio, so that a list made by a grammar shows its variety. */
+function spread(pool, n) {
+  const found = new Set();
+  for (let i = 0; found.size < Math.min(n, pool.length); i++) found.add(pool[Math.floor(pool.length * ((i * 0.618034) % 1))]);
+  return [...found];
+}
+
+function showExamples() {
+  const chips = spread(prompts, EXAMPLES + 1).slice(prompts.length > EXAMPLES ? 1 : 0);
+  const random = make("button", { type: "button", class: "chip random" }, "Surprise me");
+  at("examples").replaceChildren(...chips.map((text) => make("button", { type: "button", class: "chip" }, text)), random);
+}
+
+at("examples").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (!button || drawing) return;
+  take(button.classList.contains("random") ? prompts[Math.floor(Math.random() * prompts.length)] : button.textContent);
+  draw();
+});
+
+// ---- keys
+
+let afterKey = null;
+
+function askForKey(message, then) {
+  afterKey = then;
+  wrong(at("key"), key === null ? "" : message);
+  at("key").value = "";
+  if (!at("key-dialog").open) at("key-dialog").showModal();
+  at("key").focus();
+}
+
+at("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const typed = at("key").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(typed)) {
+    wrong(at("key"), typed ? "A key has no spaces and only plain letters, figures and signs." : "Put the key in first.");
+    return;
+  }
+  key = typed;
+  store(KEY, key);
+  at("key-dialog").close();
+  afterKey?.();
+});
+at("key-cancel").addEventListener("click", () => at("key-dialog").close());
+at("key-dialog").addEventListener("close", () => {
+  if (model === null && key === null) problem("Nothing can be drawn without a key. Press Draw to give one.");
+});
+
+// ---- first visit
+
+async function begin() {
+  try {
+    const [about, pool] = await Promise.all([ask("v1/models"), ask(`v1/prompts?limit=${MOST_LOCAL_PROMPTS}`)]);
+    model = about.data[0].fedcanvas;
+    at("model-name").textContent = `/ ${about.data[0].id}`;
+    ({ data: prompts, total } = pool);
+  } catch (error) {
+    if (error instanceof Refusal && error.status === 401) { askForKey(error.message, begin); return; }
+    if (!(error instanceof Refusal)) throw error;
+    at("card-loading").textContent = "The service has not said it.";
+    problem(error.message);
+    return;
+  }
+  problem("");
+  if (!prompt.value) prompt.value = prompts[0] ?? "";
+  showCard();
+  showExamples();
+  recall();
+  at("draw").focus({ preventScroll: true });
+}
+
+key = stored(KEY);
+placeholders(4);
+begin();
