@@ -17,6 +17,7 @@ from hypothesis import settings
 
 # A skip is a hole in the promise that CI keeps, so each reason that is acceptable stands here with its why.
 ALLOWED_SKIPS = {
+    "needs chromium": "not every machine has a browser; CI fails without, and `.ci/run` installs it",
     "needs a CUDA device": "CI has none; the same tests run on the CPU",
     "needs nftables": "not every system has them, or lets anybody load rules; `.ci/run` installs them",
     "needs user namespaces": "some kernels forbid them; a record of calls shows the same, in a test beside it",

@@ -5,6 +5,8 @@
 
 const MOST_OFFERS = 8;
 const MOST_LOCAL_PROMPTS = 1000; // as many as one answer of the service has
+const MOST_WORDS = 3; // that a large pool is searched for at a time
+const PAUSE_MS = 150; // in typing, before it is
 const MOST_SETS = 60; // of the gallery; the oldest go first
 const EXAMPLES = 4;
 const SLOW_MS = 1000; // after which drawing can be stopped
@@ -91,15 +93,15 @@ function privacyInWords({ epsilon, delta, unit, verified, private: isPrivate, si
     return ["How much it may know is not known: the model says no epsilon. Treat it as if it knew every record by heart."];
   }
   const verdict =
-    epsilon <= 1 ? "Little: the model is nearly the same with or without any one record."
-    : epsilon <= 3 ? "Something, within a limit that means something: doubts about any one record remain."
-    : "Perhaps a lot: a limit is proven, but a limit this high rules out little by itself.";
+    epsilon <= 1 ? "Little: with or without any one of them, the model comes out much the same."
+    : epsilon <= 3 ? "Something, but a proven limit leaves doubt about every one of them."
+    : "Perhaps a lot: a limit is proven, but one this high rules out little by itself.";
   const words = [
     verdict,
-    `Somebody who thinks it a toss of a coin whether one ${one} was used in training can become at most`
-      + ` ${mostSure(epsilon)} sure from this model`
+    `If you think it a toss of a coin whether one ${one} was used in training, this model can make you at most`
+      + ` ${mostSure(epsilon)} sure that it was`
       + (delta ? `, but for a chance of ${oneIn(delta)}.` : ".")
-      + ` In other words, the odds change by a factor of ${figure(Math.exp(Math.min(epsilon, 700)))} at most.`,
+      + ` In other words, the odds change by a factor of about ${figure(Math.exp(Math.min(epsilon, 700)))} at most.`,
   ];
   if (epsilon > 3) {
     words.push("What attacks really reach may be much less. That is measured, not promised: this figure does not say it.");
@@ -163,15 +165,23 @@ function matching(typed, among) {
   return first.length === found.length ? found : [...first, ...found.filter((text) => !first.includes(text))];
 }
 
+/** Prompts of a pool that is too large to be here whole: those with all that was typed, and with its longest words. */
+async function fromService(typed) {
+  const longest = typed.split(/\s+/).sort((a, b) => b.length - a.length).slice(0, MOST_WORDS);
+  const asked = [...new Set([typed, ...longest])].map(
+    (text) => ask(`v1/prompts?limit=${MOST_LOCAL_PROMPTS}&contains=${encodeURIComponent(text)}`));
+  const found = (await Promise.allSettled(asked)).flatMap((answer) => answer.value?.data ?? []);
+  return [...new Set([...found, ...prompts])]; // what is known here is offered even where nothing was answered
+}
+
 async function offer() {
   const typed = prompt.value, number = ++lastAsked;
   let among = prompts;
   if (total > prompts.length) {
-    const longest = typed.trim().split(/\s+/).reduce((a, b) => (b.length > a.length ? b : a), "");
-    try {
-      among = (await ask(`v1/prompts?limit=${MOST_LOCAL_PROMPTS}&contains=${encodeURIComponent(longest)}`)).data;
-    } catch { among = prompts; } // what is known here is still offered
+    await new Promise((done) => setTimeout(done, PAUSE_MS));
     if (number !== lastAsked) return; // typed on meanwhile
+    among = await fromService(typed.trim());
+    if (number !== lastAsked) return;
   }
   const exact = among.includes(typed.trim());
   const found = exact ? [] : matching(typed, among);
@@ -184,7 +194,7 @@ function showOffers(found, all = found.length) {
   offers.replaceChildren(...found.map((text, i) => make("li", { id: `offer-${i}`, role: "option", "aria-selected": "false" }, text)));
   offers.hidden = found.length === 0;
   prompt.setAttribute("aria-expanded", String(found.length > 0));
-  at("offers-said").textContent = found.length ? `${counted(all, "prompt")} fit; the first ${found.length} are listed.` : "";
+  at("offers-said").textContent = found.length ? `${counted(found.length, "prompt")} of ${all.toLocaleString("en")} that fit.` : "";
 }
 
 function point(to) {
@@ -233,6 +243,7 @@ function checkedSeed() {
   if (text === "") return null;
   const value = Number(text);
   if (/^\d+$/.test(text) && Number.isSafeInteger(value)) return value;
+  at("more").open = true;
   wrong(seed, `A seed is a whole number from 0 to ${Number.MAX_SAFE_INTEGER}, or nothing for new pictures each time.`);
   seed.focus();
   return undefined;
@@ -269,6 +280,7 @@ async function draw() {
     remember();
     show(made);
     gallery();
+    grid.firstElementChild.scrollIntoView({ block: "nearest" }); // on a phone it lies below what was pressed
   } catch (error) {
     failed(error);
   } finally {
@@ -340,7 +352,7 @@ function kept() {
 
 at("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
 at("stop").addEventListener("click", () => { drawing?.abort(); at("draw").focus(); });
-at("keep").addEventListener("click", () => { seed.value = shown.seed; wrong(seed, ""); kept(); at("draw").focus(); });
+at("keep").addEventListener("click", () => { seed.value = shown.seed; wrong(seed, ""); at("more").open = true; kept(); at("draw").focus(); });
 at("seed-clear").addEventListener("click", () => { seed.value = ""; wrong(seed, ""); kept(); at("draw").focus(); });
 seed.addEventListener("input", () => { wrong(seed, ""); kept(); });
 at("smooth").addEventListener("change", (event) => document.body.classList.toggle("is-smooth", event.target.checked));
@@ -482,7 +494,15 @@ at("key-dialog").addEventListener("close", () => {
 
 // ---- first visit
 
-async function begin() {
+let beginning = null;
+
+/** Once at a time: a key may be pressed before the service has answered. */
+function begin() {
+  beginning ??= load().finally(() => { beginning = null; });
+  return beginning;
+}
+
+async function load() {
   try {
     const [about, pool] = await Promise.all([ask("v1/models"), ask(`v1/prompts?limit=${MOST_LOCAL_PROMPTS}`)]);
     model = about.data[0].fedcanvas;
@@ -500,8 +520,14 @@ async function begin() {
   showCard();
   showExamples();
   recall();
-  at("draw").focus({ preventScroll: true });
+  if (document.activeElement === document.body) at("draw").focus({ preventScroll: true });
 }
+
+// A phone shows the pictures first; the summary that opens the choices is there only.
+const narrow = matchMedia("(max-width: 36rem)");
+const fold = () => { at("more").open = !narrow.matches; };
+narrow.addEventListener("change", fold);
+fold();
 
 key = stored(KEY);
 placeholders(4);
