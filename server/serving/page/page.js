@@ -72,11 +72,13 @@ const counted = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?)]$/.test(text) ? "" : ".");
 const figure = (value) => Number(value).toLocaleString("en", { maximumSignificantDigits: 3 });
 
-/** 0.5 by nothing known, to at most this, in percent: rounded up, and never to a plain 100. */
+/** What odds of one to one become under a factor of e^epsilon, as a percentage: rounded up, and no plain 100. */
 function mostSure(epsilon) {
   const missing = 100 / (1 + Math.exp(epsilon));
   const digits = Math.min(6, Math.max(0, Math.ceil(-Math.log10(missing))));
-  return missing < 1e-6 ? "all but 100 %" : `${(100 - Math.floor(missing * 10 ** digits) / 10 ** digits).toFixed(digits)} %`;
+  // A blank that no line is broken at, before the sign.
+  if (missing < 1e-6) return "practically 100\u00a0%";
+  return `${(100 - Math.floor(missing * 10 ** digits) / 10 ** digits).toFixed(digits)}\u00a0%`;
 }
 
 function oneIn(chance) {
