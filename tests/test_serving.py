@@ -103,16 +103,14 @@ def test_a_chosen_seed_is_told_and_draws_the_same_again(service: Served) -> None
 def test_a_picture_is_the_same_whatever_shares_its_batch(tmp_path: Path) -> None:
     # At the demo's size: a toy's kernels do not differ with the number of rows.
     drawn = Generator.load(make_run(tmp_path / "demo", demo(), rounds=1))
-    alone = drawn.generate(["a large red circle"], n=1, seed=5)[0].array
+    wanted = [(f"a large red circle {number % 5}", 1 + number % 3, number) for number in range(40)]
     batcher = Batcher(drawn)
-    asked = [batcher.submit(f"prompt {number}", n=1 + number % 3, seed=number, truncation=1.0) for number in range(9)]
-    ours = batcher.submit("a large red circle", n=1, seed=5, truncation=1.0)
-    asked += [batcher.submit("a large red circle", n=2, seed=number, truncation=1.0) for number in range(9)]
+    asked = [batcher.submit(prompt, n=n, seed=seed, truncation=1.0) for prompt, n, seed in wanted]
     batcher.start()
     try:
-        assert np.array_equal(ours.result(60)[0], alone)
-        for done in asked:
-            done.result(60)
+        for (prompt, n, seed), done in zip(wanted, asked, strict=True):
+            alone = [picture.array for picture in drawn.generate([prompt], n=n, seed=seed)]
+            assert np.array_equal(alone, done.result(60))
     finally:
         batcher.stop()
 
