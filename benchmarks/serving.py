@@ -72,7 +72,7 @@ def main() -> None:
             asyncio.run(_load(port, 16, options.pictures, requests=options.requests))
             after = _resident(process.pid)
             spent = (_processor(process.pid) - spent) / (options.requests * options.pictures)
-    print(f"{options.pictures} pictures a request, a second; medians of {options.rounds} rounds (each of them):")
+    print(f"{options.pictures} pictures a request; pictures a second, medians of {options.rounds} rounds:")
     for name, said in (("request", "bare loop, request by request"), ("full", f"bare loop, batches of {BATCH}")):
         rates = [loops[name] for loops, _ in rounds]
         print(f"  {said:30} {_median(rates):6.0f}   ({_all(rates)})")
