@@ -378,6 +378,16 @@ def test_where_a_key_is_needed_the_page_asks_for_it_and_keeps_it_in_the_tab(
         here.complaints.clear()
 
 
+def says_of_itself(visit: Callable[..., Visit], service: Served, **about: object) -> Page:
+    """A page for which the service says this of its model."""
+    answer = service.client.get("/v1/models").json()
+    answer["data"][0]["fedcanvas"] |= about
+    here = visit()
+    here.page.route("**/v1/models", lambda route: route.fulfill(json=answer))
+    here.page.reload()
+    return here.ready()
+
+
 @pytest.mark.parametrize(
     ("epsilon", "private", "verdict", "sure"),
     # A coin's toss that odds of e^epsilon act on: e^epsilon / (1 + e^epsilon), rounded up.
@@ -390,12 +400,8 @@ def test_where_a_key_is_needed_the_page_asks_for_it_and_keeps_it_in_the_tab(
 def test_the_card_says_in_words_what_epsilon_rules_out_and_what_not(
     visit: Callable[..., Visit], service: Served, epsilon: float | None, private: bool, verdict: str, sure: str
 ) -> None:
-    answer = service.client.get("/v1/models").json()
-    answer["data"][0]["fedcanvas"] |= {"epsilon": epsilon, "private": private, "delta": 1e-5, "unit": "example"}
-    here = visit("about:blank")
-    here.page.route("**/v1/models", lambda route: route.fulfill(json=answer))
-    here.page.goto(service.url)
-    card = here.page.get_by_role("complementary", name="What this model may know about any one record")
+    page = says_of_itself(visit, service, epsilon=epsilon, private=private, delta=1e-5, unit="example")
+    card = page.get_by_role("complementary", name="What this model may know about any one record")
     expect(card).to_contain_text(verdict)
     expect(card).to_contain_text(sure)
     text = card.inner_text()
@@ -406,7 +412,17 @@ def test_the_card_says_in_words_what_epsilon_rules_out_and_what_not(
     else:
         assert "at most" not in text
     assert "rules out little" not in text or epsilon == 8.0
-    here.requests.clear()  # of about:blank's origin there is none
+
+
+def test_a_model_that_is_not_verified_says_so_above_all_and_a_verified_one_has_a_signature(
+    visit: Callable[..., Visit], service: Served
+) -> None:
+    for about in ({"warning": "UNVERIFIED", "verified": False}, {"verified": True}):
+        page = says_of_itself(visit, service, **about, unit="subject")
+        assert page.get_by_role("alert").filter(has_text="not verified").count() == int("warning" in about)
+        card = page.get_by_role("complementary", name="What this model may know about any one subject")
+        assert ("Nobody has signed" in card.inner_text()) == (not about["verified"])
+        assert "all pictures of one person" in card.inner_text()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

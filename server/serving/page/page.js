@@ -260,12 +260,11 @@ async function draw() {
   if (model === null) await begin(); // the first try failed: no key, or no service
   if (model === null) return;
   const text = prompt.value.trim(), chosen = checkedSeed();
-  if (chosen === undefined) return;
   if (!text) {
     wrong(prompt, "Say what it shall draw, or choose one of the examples.");
     prompt.focus();
-    return;
   }
+  if (!text || chosen === undefined) return;
   const n = Number(document.querySelector('input[name="n"]:checked').value);
   const body = { prompt: text, n, response_format: "b64_json", truncation: Number(variety.value) };
   if (chosen !== null) body.seed = chosen;
