@@ -7,6 +7,7 @@ every path ends in a reply, and one that went wrong in a refusal code. Loads not
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.delivery import receive
-from client.gate import SealedCode, SealedStatement, Slot, build
+from client.gate import MOST_STATEMENT_BYTES, SealedCode, SealedStatement, Slot, build
 from client.membership import open_channel, question_of, question_of_offer, question_unread
 from client.settings import (
     RELEASE_CODE,
@@ -30,10 +31,11 @@ from client.settings import (
 )
 from client.site import Site, open_site
 from client.statement import spend_statement
-from shared.errors import ConfigError, FederationError, ProtocolError, TrustError
+from shared.errors import ConfigError, FederationError, ProtocolError, TrustError, UsageError
 from shared.protection.federation import AggregatorKeys
 from shared.protection.sealed import UNKNOWN
 from shared.records import (
+    GENERATOR_FILE,
     MESSAGE_TYPES,
     NOT_TOLD,
     OFFER_TYPE,
@@ -134,7 +136,11 @@ def _receive(records: RecordDict, asked: _Asked, site: Site, keys: AggregatorKey
         note_code(site.folder, Confirmation.RECEIVED, asked.offer.run_id, 0)
     try:
         with site.account.locked():
-            asked.statement = spend_statement(site.folder, site.account.ledger, asked.offer.run_id)
+            weights = hashlib.sha256(asked.offer.files[GENERATOR_FILE]).hexdigest()
+            found = spend_statement(site.folder, site.account.ledger, asked.offer.run_id, weights=weights)
+        if len(found) > MOST_STATEMENT_BYTES:
+            raise UsageError(f"the statement of run {asked.offer.run_id} is too long to be sent: `client statement`")
+        asked.statement = found
     except Exception as error:  # the model is here all the same
         log_exception(site.folder, error)
     with_it = "; what the run spent here goes back, signed" if asked.statement else ""

@@ -12,6 +12,7 @@ for a data-protection officer (`client.receipts`), and answering (`client.app`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shlex
@@ -601,11 +602,15 @@ def statement(
     Nothing in it depends on records. It goes to the operator with the site's receipt of the trained model by itself;
     by hand it is needed where a site takes no models.
     """
+    from client.delivery import MODELS
     from client.statement import spend_statement
+    from shared.records import GENERATOR_FILE
 
     _, account = _open(site_dir)
     with account.locked():
-        content = spend_statement(site_dir, account.ledger, run)
+        received = site_dir / MODELS / run / GENERATOR_FILE
+        weights = hashlib.sha256(received.read_bytes()).hexdigest() if received.is_file() else ""
+        content = spend_statement(site_dir, account.ledger, run, weights=weights)
     _write(out, content, replace=False)
     if as_json:
         _print_json({"run": run, "statement": str(out)})

@@ -20,11 +20,12 @@ from shared.spend import SpendStatement
 SIMULATED_KEY = "keys/simulated.pem"
 
 
-def spend_statement(folder: Path, ledger: Ledger, run: str) -> bytes:
+def spend_statement(folder: Path, ledger: Ledger, run: str, *, weights: str = "") -> bytes:
     """One line of JSON.
 
     Args:
         folder: of the site.
+        weights: SHA-256 of the generator's file that it is about, as the site has it.
     Raises:
         UsageError: the ledger has no such run.
         TrustError: the site's key cannot be read.
@@ -38,4 +39,4 @@ def spend_statement(folder: Path, ledger: Ledger, run: str) -> bytes:
         key = SigningKey.read(folder / SIMULATED_KEY)
     else:
         key = SigningKey.read(folder / SIGNING)
-    return canonical(SpendStatement.of(ledger, run, site=site, key=key).sign(key)) + b"\n"
+    return canonical(SpendStatement.of(ledger, run, site=site, key=key, weights=weights).sign(key)) + b"\n"

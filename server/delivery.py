@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from server.cohort import ENGINE_ERRORS, Roster
 from server.mailbox import Apart
 from server.run_queue import QueuedRun, RunQueue
-from shared.errors import FedCanvasError, FederationError, ProtocolError
+from shared.errors import FedCanvasError, FederationError, ProtocolError, TrustError
 from shared.protection.channel import AggregatorChannel
 from shared.protection.sealed import Context
 from shared.records import (
@@ -152,7 +152,8 @@ class Delivery:
         opened.note_delivery(site, code, datetime.now(UTC).isoformat(timespec="seconds"))
         if code == Confirmation.RECEIVED:
             self._left[run.name].discard(site)
-            self._say(f"{run.name}: site {site} has the model")
+            without = "; its statement of what was spent does not hold" if statement is None else ""
+            self._say(f"{run.name}: site {site} has the model{without}")
         else:
             self._say(f"{run.name}: site {site} refused the model with code '{code}'; its own log says more")
 
@@ -184,8 +185,8 @@ class SignedOffer:
         attach_signature(content, keys=channel.statement, signature=channel.sign(digest))
         return cls(run_id, content, digest.hex(), channel)
 
-    def read(self, message: Message, site: str) -> tuple[Confirmation | RefusalCode, bytes]:
-        """What the site said to this model, and to no other; its spend statement, or nothing.
+    def read(self, message: Message, site: str) -> tuple[Confirmation | RefusalCode, bytes | None]:
+        """What the site said to this model, and to no other; its spend statement, "" for none, `None` for a false one.
 
         Raises:
             FederationError: the engine answers in its place.
@@ -210,8 +211,10 @@ class SignedOffer:
             return Confirmation(said), b""
         if found.kind == "statement" and not unread:
             what = f"the spend statement of site {site}"
-            said_of = SpendStatement.read(found.content, what=what, key=self.channel.sites[site])
-            if (said_of.federation, said_of.site, said_of.run) != (self.channel.federation, site, self.run_id):
-                raise ProtocolError(f"{what} is of another federation, site or run")
-            return Confirmation.RECEIVED, found.content
+            # One that does not hold is worth nothing; that the model arrived is said all the same.
+            with suppress(TrustError):
+                said_of = SpendStatement.read(found.content, what=what, key=self.channel.sites[site])
+                if (said_of.federation, said_of.site, said_of.run) == (self.channel.federation, site, self.run_id):
+                    return Confirmation.RECEIVED, found.content
+            return Confirmation.RECEIVED, None
         raise ProtocolError("what is sealed is no answer to a model")

@@ -30,7 +30,7 @@ def export(
     from server.export import export_onnx
     from server.generator import Generator
 
-    generator = Generator.load(model, unverified=unverified)
+    generator = Generator.load(model, unverified=unverified, recompute=True)
     say(generator.line)
     difference = export_onnx(generator, out)
     if as_json:

@@ -83,11 +83,13 @@ class Generator:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, path: str | Path, *, unverified: bool = False) -> Self:
+    def load(cls, path: str | Path, *, unverified: bool = False, recompute: bool = False) -> Self:
         """
         Args:
             path: a released model, a run directory, or its folder `model`.
             unverified: take a released model even where it does not verify; every picture then says so.
+            recompute: also compute epsilon from the sites' statements again, some seconds; without it the figure is as
+                the releaser says.
         Raises:
             BundleError: the released model was altered, or its evidence does not hold.
             RunDirectoryError: there is no model.
@@ -110,7 +112,7 @@ class Generator:
             except UNREADABLE:
                 raise BundleError(f"{path / CARD} does not say what the model cost in privacy") from None
             return made
-        verified = verify(path, recompute=False)
+        verified = verify(path, recompute=recompute)
         name = str(verified.card["name"])
         return cls(load_bundle(verified), name=name, digest=verified.digest, line=verified.line)
 

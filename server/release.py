@@ -93,10 +93,10 @@ def _statement_files(run: RunDirectory) -> dict[str, bytes]:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
         statement = SpendStatement.read(content, what=str(path))
-        if statement.head != head:
+        if head not in statement.heads:  # it may end later: a charge whose answer was late, or never came
             raise BundleError(
-                f"{path} does not end where the site's last answer did",
-                hint="it is older than the run's end: get the site's newest statement",
+                f"{path} ends before the site's last answer in the run, or is of another copy of its ledger",
+                hint="get the site's newest statement",
             )
         found[site] = content
     if not found:

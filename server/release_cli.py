@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, new_app, say
+from shared.cli import AsJson, new_app, printable, say
 
 if TYPE_CHECKING:
     from shared.bundle import Verified
@@ -86,10 +86,12 @@ def verify(
     lines += [f"  signed by  {found.releaser}"]
     for site, statement in sorted(found.statements.items()):
         epsilon = float(card["privacy"]["sites"][site]["epsilon"])  # JSON has no infinity: the text "inf"
-        lines.append(f"  {site:<12} epsilon {epsilon:.4g}: {len(statement.charges)} charges, {statement.steps} steps")
+        charges = f"{len(statement.charges)} charges, {statement.steps} steps"
+        lines.append(f"  {site:<12} epsilon {epsilon:.4g}: {charges}; the run has {card['privacy']['rounds']} rounds")
     lines += ["shown:", *(f"  - {line}" for line in found.proved)]
     lines += ["to be trusted:", *(f"  - {line}" for line in found.trusted)]
-    typer.echo("\n".join(lines))
+    # What stands in a card is somebody's: it must not move a terminal's cursor, nor begin a line of its own.
+    typer.echo("\n".join(map(printable, lines)))
 
 
 def _default_key() -> Path:

@@ -84,7 +84,7 @@ def serve(
     settings = _settings(queue, timeout, hosts, log_prompts, files=raise_file_limit() - SPARE_CONNECTIONS - 128)
     listening = listen(host, port)  # before the model: a port that is taken is told at once
     with listening:
-        generator = Generator.load(model, unverified=unverified)
+        generator = Generator.load(model, unverified=unverified, recompute=True)
         say(generator.line)
         app = make_app(generator, settings, keys=keys)
         log_to_stderr(log_format)

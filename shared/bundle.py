@@ -29,6 +29,7 @@ from typing import Any
 from shared.config import RunConfig
 from shared.disk import write_folder
 from shared.errors import BundleError, FedCanvasError, RunDirectoryError
+from shared.privacy.accounting import ADJACENCY
 from shared.privacy.plan import plan_without_noise
 from shared.protection.federation import Federation, SiteKeys
 from shared.protection.keys import SigningKey, VerifyKey, fingerprint
@@ -78,9 +79,10 @@ class Verified:
     def line(self) -> str:
         """One line for whoever uses the model."""
         privacy = self.card["privacy"]
-        cost = f"epsilon {privacy['epsilon_max']:.3g}" if privacy["private"] else "no privacy"
+        whose = "computed from their statements" if self.epsilon is not None else "as its releaser says"
+        cost = f"epsilon {privacy['epsilon_max']:.3g} {whose}" if privacy["private"] else "no privacy"
         sites = f"{len(self.statements)} {'simulated sites' if self.simulated else 'sites'}"
-        return f"{self.folder}: signed by {self.releaser}; {sites}, {cost}; nothing was altered"
+        return f"{self.folder}: signed by {self.releaser}; {sites}, {cost}; unaltered since"
 
     @property
     def proved(self) -> list[str]:
@@ -98,14 +100,19 @@ class Verified:
             )
         if self.epsilon is not None:
             found.append(f"Epsilon, computed again from the statements, is {_figure(self.epsilon)}, as the card says.")
-        found.append("The last head of every site's ledger is the one that its last answer in the run carried.")
+        if all(statement.weights for statement in self.statements.values()):
+            found.append("Every site signed that these weights are the model that it was given when the run was over.")
         return found
 
     @property
     def trusted(self) -> list[str]:
         """What nobody can see from these files, in sentences."""
         whom = "whoever simulated the run" if self.simulated else "each site"
+        unsigned = sorted(site for site, statement in self.statements.items() if not statement.weights)
         return [
+            *([f"That these weights are of this run: {', '.join(unsigned)} signed for none."] if unsigned else []),
+            "That the statements are of the run's end, and of all sites that took part: whoever released it says so.",
+            "The words of README.md; the figures above were checked, that file was not.",
             f"That {whom} told the truth: that nothing else left it about these records.",
             "That the code that ran was the release whose digest the statements name.",
             "That the records of different sites are of different people: epsilon is of one site's records.",
@@ -192,7 +199,18 @@ def _verify(folder: Path, releaser: str, recompute: bool) -> Verified:
         if statement.simulated != (federation is None):
             raise BundleError(f"{folder}: the statement of site {site} is of a simulated site among real ones, or none")
         _check_terms(folder, site, statement, config)
-    sites = card["privacy"]["sites"]
+        if statement.weights not in ("", manifest["files"][WEIGHTS]):
+            raise BundleError(f"{folder}: site {site} signed for other weights", hint=_ALTERED)
+    privacy, sites = card["privacy"], card["privacy"]["sites"]
+    figures = [privacy["epsilon_max"], *(about["epsilon"] for about in sites.values())]
+    if not all(type(figure) in (int, float) or figure == "inf" for figure in figures):
+        raise BundleError(f"{folder}: an epsilon of the card is no number")
+    said = (card["federation"], privacy["adjacency"], card["simulated"], privacy["rounds"], privacy["local_steps"])
+    true = (
+        config.federation.name, ADJACENCY, federation is None, config.federation.rounds, config.federation.local_steps
+    )
+    if said != true or any(statement.federation != config.federation.name for statement in statements.values()):
+        raise BundleError(f"{folder}: the card has another federation, adjacency or number of rounds than the run")
     if not all(type(card[name]) is str for name in ("name", "federation", "example")):
         raise BundleError(f"{folder}: the card names no model, federation or prompt")
     if card["run_id"] != manifest["run"] or set(sites) != set(statements):
@@ -322,8 +340,8 @@ def _check_card(folder: Path, site: str, statement: SpendStatement, privacy: Map
     told, plan = privacy["sites"][site], statement.plan
     if told["head"] != statement.head:
         raise BundleError(
-            f"{folder}: the statement of site {site} does not end where its last answer did",
-            hint="it is older than the run's end, or leaves charges out: ask the site for its newest",
+            f"{folder}: the statement of site {site} does not end where the card says",
+            hint="it is older than the card, or leaves charges out",
         )
     for name in _OF_THE_PLAN:
         if privacy[name] != getattr(plan, name):

@@ -60,8 +60,9 @@ Kind = Literal["train", "moments"]
 MESSAGE_TYPES: dict[Kind, str] = {"train": "train", "moments": "train.moments"}
 OFFER_TYPE = "query"
 # A released model (`shared.rundir`), name of a file to the most bytes that it may have.
+GENERATOR_FILE = "generator.safetensors"
 MODEL_FILES = {
-    "generator.safetensors": MAX_WEIGHTS_BYTES, "discriminator.safetensors": MAX_WEIGHTS_BYTES,
+    GENERATOR_FILE: MAX_WEIGHTS_BYTES, "discriminator.safetensors": MAX_WEIGHTS_BYTES,
     "model.json": MAX_CARD_BYTES,
 }  # fmt: skip
 

@@ -31,7 +31,8 @@ DIGEST, NONCE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 RELEASES = ("gradient", "update", "moments")
 _TYPES = {
     "federation": str, "site": str, "run": str, "simulated": bool, "adjacency": str, "config-digest": str,
-    "prompts-digest": str, "code-digest": str, "plan": str, "charges": list, "head": str, "signing-key": str,
+    "prompts-digest": str, "code-digest": str, "plan": str, "charges": list, "head": str, "weights": str,
+    "signing-key": str,
 }  # fmt: skip
 _CHARGE = ("server_round", "attempt", "release", "steps", "instruction_digest", "nonce")
 
@@ -45,6 +46,7 @@ class SpendStatement:
         charges: the fields `_CHARGE` of each, in the order of the ledger.
         head: of the run after the last charge, 64 hex digits.
         signing: whose signature was checked.
+        weights: SHA-256 of the generator's file that the site received; "" where it has none of this run.
     """
 
     federation: str
@@ -58,9 +60,10 @@ class SpendStatement:
     charges: tuple[tuple[int, int, str, int, str, str], ...]
     head: str
     signing: VerifyKey
+    weights: str = ""
 
     @classmethod
-    def of(cls, ledger: Ledger, run: str, *, site: str, key: SigningKey) -> Self:
+    def of(cls, ledger: Ledger, run: str, *, site: str, key: SigningKey, weights: str = "") -> Self:
         """Raises `KeyError` where the ledger has no such run."""
         account = ledger.runs[run]
         terms = account.terms
@@ -70,7 +73,7 @@ class SpendStatement:
         )  # fmt: skip
         return cls(
             terms.federation, site, run, ledger.lineage.simulated, terms.config_digest, terms.prompts_digest,
-            terms.code_digest, terms.plan, charges, account.head, key.public,
+            terms.code_digest, terms.plan, charges, account.head, key.public, weights,
         )  # fmt: skip
 
     def sign(self, key: SigningKey) -> dict[str, Any]:
@@ -81,7 +84,7 @@ class SpendStatement:
             # Statements hold no numbers with a point, of which readers might make others.
             "code-digest": self.code_digest, "plan": canonical(self.plan.to_dict()).decode(),
             "charges": [list(charge) for charge in self.charges], "head": self.head,
-            "signing-key": self.signing.text,
+            "weights": self.weights, "signing-key": self.signing.text,
         }  # fmt: skip
         return sign_statement(KIND, fields, key)
 
@@ -102,6 +105,8 @@ class SpendStatement:
         for name in ("config-digest", "prompts-digest", "code-digest", "head"):
             if not DIGEST.fullmatch(found[name]):
                 raise TrustError(f"{what}: '{name}' is no SHA-256 in 64 hex digits")
+        if found["weights"] and not DIGEST.fullmatch(found["weights"]):
+            raise TrustError(f"{what}: 'weights' is no SHA-256 in 64 hex digits")
         charges = _charges(found["charges"], what)
         head = BEFORE_THE_FIRST
         for charge in charges:
@@ -113,7 +118,17 @@ class SpendStatement:
         return cls(
             found["federation"], found["site"], found["run"], found["simulated"], found["config-digest"],
             found["prompts-digest"], found["code-digest"], _plan(found["plan"], what), charges, head, named,
+            found["weights"],
         )  # fmt: skip
+
+    @property
+    def heads(self) -> set[str]:
+        """After each charge."""
+        found, head = set(), BEFORE_THE_FIRST
+        for charge in self.charges:
+            head = run_head(head, dict(zip(_CHARGE, charge, strict=True)))
+            found.add(head)
+        return found
 
     @property
     def steps(self) -> int:

@@ -670,9 +670,10 @@ def _write_statements(run: RunDirectory) -> None:
     from client.statement import spend_statement
     from shared.privacy.ledger import Ledger
 
+    weights = hashlib.sha256((run.path / "model/generator.safetensors").read_bytes()).hexdigest()
     for name in run.heads():
         folder = _sites_folder(run.path) / name
-        statement = spend_statement(folder, Ledger(folder / "lineages" / name), run.run_id)
+        statement = spend_statement(folder, Ledger(folder / "lineages" / name), run.run_id, weights=weights)
         run.write_bytes(f"statements/{name}.json", statement)
 
 

@@ -27,7 +27,7 @@ from signed_release import CODE, SignedRun, admission, charges_of, head_after, s
 
 from server.release import release
 from shared import disk
-from shared.bundle import MANIFEST, load_bundle, verify
+from shared.bundle import MANIFEST, WEIGHTS, load_bundle, verify
 from shared.cli import run
 from shared.errors import BundleError, RunDirectoryError, TrustError
 from shared.privacy.ledger import Ledger
@@ -349,13 +349,13 @@ def site_states(made: SignedRun, bundle: Path, charges: list[Any], **changes: An
 
 def test_a_statement_that_leaves_out_the_last_charge_is_refused(bundle: Path, made: SignedRun) -> None:
     site_states(made, bundle, charges_of(made.run.config)[:-1])
-    refused(bundle, "does not end where its last answer did")
+    refused(bundle, "does not end where the card says")
 
 
 def test_a_statement_that_leaves_out_a_charge_in_between_is_refused(bundle: Path, made: SignedRun) -> None:
     charges = charges_of(made.run.config)
     site_states(made, bundle, [*charges[:1], *charges[2:]])
-    refused(bundle, "does not end where its last answer did")
+    refused(bundle, "does not end where the card says")
     # With the head of the whole it contradicts itself, whoever signed it.
     site_states(made, bundle, [*charges[:1], *charges[2:]], head=head_after(charges))
     refused(bundle, "its charges do not make its head")
@@ -546,7 +546,7 @@ def test_a_run_without_privacy_says_so_everywhere(tmp_path: Path, capsys: pytest
     assert run(["verify", str(bundle)]) == 0
     assert "no privacy: epsilon is infinite" in capsys.readouterr().out
     assert "without differential privacy" in (bundle / "README.md").read_text()
-    assert verify(bundle).line.endswith("no privacy; nothing was altered")
+    assert verify(bundle).line.endswith("no privacy; unaltered since")
 
 
 def test_a_run_that_was_trained_on_a_gpu_is_released_with_its_own_settings(tmp_path: Path) -> None:
@@ -564,14 +564,83 @@ def test_words_of_prompts_cannot_break_the_commands_of_the_card(tmp_path: Path) 
     assert json.dumps([prompt]) in text
 
 
+# ---- what a signed card may not say
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda card: card.update(federation="another"), "another federation, adjacency or number of rounds"),
+        (lambda card: card["privacy"].update(adjacency="replace"), "another federation, adjacency or number of rounds"),
+        (lambda card: card.update(simulated=False), "another federation, adjacency or number of rounds"),
+        (lambda card: card["privacy"].update(rounds=1), "another federation, adjacency or number of rounds"),
+        (lambda card: card["privacy"].update(epsilon_max="3"), "an epsilon of the card is no number"),
+        (lambda card: card["privacy"]["sites"]["site-0"].update(epsilon=True), "an epsilon of the card is no number"),
+    ],
+)
+def test_a_card_that_says_otherwise_than_the_statements_is_refused_whoever_signed_it(
+    bundle: Path, made: SignedRun, change: Callable[[dict[str, Any]], Any], said: str
+) -> None:
+    edit_card(bundle, change)
+    sign_anew(bundle, SigningKey.generate())
+    refused(bundle, said, recompute=False)
+
+
+def test_a_smaller_epsilon_is_refused_where_it_is_computed_and_called_a_word_where_it_is_not(
+    bundle: Path, made: SignedRun
+) -> None:
+    edit_card(bundle, lambda card: card["privacy"].update(epsilon_max=0.1))
+    sign_anew(bundle, SigningKey.generate())
+    refused(bundle, "the card's largest epsilon is not that of its sites")
+    assert "epsilon 0.1 as its releaser says" in verify(bundle, recompute=False).line
+
+
+def test_weights_that_the_sites_did_not_sign_for_are_refused(bundle: Path, made: SignedRun) -> None:
+    charges, weights = charges_of(made.run.config), hashlib.sha256((bundle / WEIGHTS).read_bytes()).hexdigest()
+    assert any("signed for none" in line for line in verify(bundle, recompute=False).trusted)
+    for site in made.sites:
+        kept = (made.path / f"statements/{site}.json").read_bytes()
+        made.state(site, charges, weights=weights)
+        shutil.copy(made.path / f"statements/{site}.json", bundle / "statements")
+        (made.path / f"statements/{site}.json").write_bytes(kept)
+    sign_anew(bundle, made.releaser)
+    found = verify(bundle, recompute=False)
+    assert any("Every site signed that these weights" in line for line in found.proved)
+    assert not any("signed for none" in line for line in found.trusted)
+    content = bytearray((bundle / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (bundle / WEIGHTS).write_bytes(content)
+    sign_anew(bundle, SigningKey.generate())
+    refused(bundle, "signed for other weights", recompute=False)
+
+
+def test_a_card_moves_no_cursor(bundle: Path, made: SignedRun, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_card(bundle, lambda card: card["privacy"].update(unit=card["privacy"]["unit"], trusted="\x1b[8m"))
+    edit_card(bundle, lambda card: card.update(example="\x1b[8m\n  signed by  AAAA"))
+    sign_anew(bundle, made.releaser)
+    assert run(["verify", str(bundle)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 # ---- what a release itself refuses
+
+
+def test_a_charge_after_the_last_answer_that_came_does_not_keep_a_run_from_being_released(tmp_path: Path) -> None:
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
+    charges = charges_of(made.run.config)
+    more = (len(charges), 2, charges[-1][2], charges[-1][3], "b" * 64, "c" * 32)  # its answer was late, or none came
+    made.state("site-1", [*charges, more])
+    found = verify(made.release(tmp_path / "model"))
+    assert found.statements["site-1"].steps > found.statements["site-0"].steps
+    sites = found.card["privacy"]["sites"]
+    assert sites["site-1"]["epsilon"] > sites["site-0"]["epsilon"]  # and it counts
 
 
 def test_a_release_needs_each_sites_statement_up_to_its_last_answer(tmp_path: Path) -> None:
     made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
     charges = charges_of(made.run.config)
     made.state("site-1", charges[:-1])
-    with pytest.raises(BundleError, match="does not end where the site's last answer did"):
+    with pytest.raises(BundleError, match="ends before the site's last answer"):
         made.release(tmp_path / "model")
     (made.path / "statements/site-1.json").unlink()
     with pytest.raises(BundleError, match="the statement of site site-1 is missing") as caught:

@@ -634,6 +634,11 @@ def test_a_confirmation_is_of_one_model_and_of_nothing_else(
     ):  # fmt: skip
         with pytest.raises(error):
             read(wrong)
+    # A statement that does not hold says all the same that the model is there, and is not kept.
+    said_of = sealed("statement", b'{"kind": "spend"}', question)
+    asked = Message(RecordDict(), 5, OFFER_TYPE)
+    asked.metadata.__dict__["_message_id"] = "m"
+    assert offer.read(Message(encode_reply(said_of), reply_to=asked), "site-0") == ("received", None)
     # And no instruction is answered by it.
     said = sealed("code", b"received", of_a_round, server_round=1)
     with pytest.raises(ProtocolError, match="unknown code"):

@@ -15,7 +15,7 @@ from PIL import Image
 from signed_release import signed_run
 
 from fedcanvas import Generator, Picture
-from server.generator import BATCH, MOST_SEED
+from server.generator import MOST_SEED, ROWS
 from shared.cli import run
 from shared.errors import BundleError, PromptError, RunDirectoryError, UsageError
 
@@ -78,9 +78,9 @@ def test_pictures_come_prompt_by_prompt_as_arrays_and_images(generator: Generato
 
 
 def test_a_picture_does_not_depend_on_what_is_drawn_with_it(generator: Generator) -> None:
-    many = BATCH + 5  # more than the generator takes at once
+    many = ROWS + 5  # more than the generator takes at once
     together = generator.arrays([PROMPTS[i % 3] for i in range(many)], seeds=[9] * many, indices=range(many))
-    for index in (0, 1, BATCH - 1, BATCH, many - 1):
+    for index in (0, 1, ROWS - 1, ROWS, many - 1):
         alone = generator.arrays([PROMPTS[index % 3]], seeds=[9], indices=[index])
         assert apart(alone[0], together[index]) <= 1
     few = generator.generate([PROMPTS[1]], n=2, seed=9)
@@ -95,7 +95,7 @@ def test_the_command_writes_the_pictures_of_the_python_call(
     out, err = capsys.readouterr()
     assert f"{place / 'bundle'}: signed by " in err  # verified first, and it says so
     assert "2 simulated sites, epsilon " in err
-    assert "nothing was altered" in err
+    assert "unaltered since" in err
     files = [Path(file) for made in json.loads(out)["pictures"] for file in made["files"]]
     pictures = generator.generate(PROMPTS, n=2, seed=5, truncation=0.5)
     assert len(files) == len(pictures) == 6
