@@ -172,7 +172,7 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def rehearse(folder: Path, *, rounds: int = 10) -> None:
+def rehearse(folder: Path, *, rounds: int = 8) -> None:
     """Everything, into a new folder or that of a rehearsal before.
 
     Raises:
@@ -212,7 +212,7 @@ def main() -> None:
     from shared.errors import FedCanvasError
 
     try:
-        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 10)
+        rehearse(Path(sys.argv[1]), rounds=int(sys.argv[2]) if len(sys.argv) > 2 else 8)
     except FedCanvasError as error:
         sys.exit(fail(error))
 
