@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -108,9 +108,7 @@ class SpendStatement:
         if found["weights"] and not DIGEST.fullmatch(found["weights"]):
             raise TrustError(f"{what}: 'weights' is no SHA-256 in 64 hex digits")
         charges = _charges(found["charges"], what)
-        head = BEFORE_THE_FIRST
-        for charge in charges:
-            head = run_head(head, dict(zip(_CHARGE, charge, strict=True)))
+        head = [BEFORE_THE_FIRST, *_heads(charges)][-1]
         if head != found["head"]:
             raise TrustError(
                 f"{what}: its charges do not make its head", hint="a charge was left out, added or altered"
@@ -124,11 +122,7 @@ class SpendStatement:
     @property
     def heads(self) -> set[str]:
         """After each charge."""
-        found, head = set(), BEFORE_THE_FIRST
-        for charge in self.charges:
-            head = run_head(head, dict(zip(_CHARGE, charge, strict=True)))
-            found.add(head)
-        return found
+        return set(_heads(self.charges))
 
     @property
     def steps(self) -> int:
@@ -159,6 +153,15 @@ class SpendStatement:
 def _spent(plan: PrivacyPlan, steps: int, warm_start: bool) -> EpsilonReport:
     """Sites of one run mostly have the same plan and number of steps."""
     return plan.spent(steps, warm_start=warm_start, exact=True)
+
+
+def _heads(charges: Sequence[tuple[int, int, str, int, str, str]]) -> list[str]:
+    """Of the run, after each charge."""
+    found, head = [], BEFORE_THE_FIRST
+    for charge in charges:
+        head = run_head(head, dict(zip(_CHARGE, charge, strict=True)))
+        found.append(head)
+    return found
 
 
 def _charges(listed: list[Any], what: str) -> tuple[tuple[int, int, str, int, str, str], ...]:
