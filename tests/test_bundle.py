@@ -21,8 +21,7 @@ from typing import Any
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
-from scipy.optimize import brentq
-from scipy.stats import norm
+from gaussian_oracle import epsilon_of_gaussians
 from signed_release import CODE, SignedRun, admission, charges_of, head_after, signed_run
 
 from server.release import release
@@ -45,17 +44,6 @@ SIMULATE = [
     "--set", "privacy.sampling-rate=1.0",  # every step takes every record: the whole run is one Gaussian
 ]  # fmt: skip
 MOMENTS = (0, 1, "moments", 0, "a" * 64, "0" * 32)
-
-
-def epsilon_of_gaussians(sigma: float, count: int, delta: float) -> float:
-    """Of `count` Gaussian mechanisms of noise multiplier `sigma`. Source: Balle & Wang 2018, Theorem 8."""
-    mu = math.sqrt(count) / sigma
-
-    def excess(epsilon: float) -> float:
-        a, b = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
-        return float(norm.cdf(a) - math.exp(epsilon) * norm.cdf(b)) - delta
-
-    return float(brentq(excess, 1e-9, 100.0))
 
 
 def sign_anew(folder: Path, key: SigningKey, **changes: Any) -> None:

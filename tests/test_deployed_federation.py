@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from deployed_federation import DeployedFederation
 from flower_processes import eventually
+from gaussian_oracle import epsilon_of_gaussians
 from safetensors.numpy import load_file
-from scipy.optimize import brentq
-from scipy.stats import chi2, kstest, norm
+from scipy.stats import chi2, kstest
 from toy_federation import make_sites, toy_policy
 
 from client.deployment import programs as site_programs
@@ -43,17 +43,6 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedFeder
             assert b"ENCRYPTED" in (made.folder / "keys/aggregator-1-opening.pem").read_bytes()
             assert b"ENCRYPTED" in (made.sites[0] / "keys/signing.pem").read_bytes()
             yield made
-
-
-def epsilon_of_gaussians(sigma: float, count: int, delta: float) -> float:
-    """Of `count` Gaussian mechanisms of noise multiplier `sigma`. Source: Balle & Wang 2018, Theorem 8."""
-    mu = math.sqrt(count) / sigma
-
-    def excess(epsilon: float) -> float:
-        a, b = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
-        return float(norm.cdf(a) - math.exp(epsilon) * norm.cdf(b)) - delta
-
-    return float(brentq(excess, 1e-9, 100.0))
 
 
 def charged(deployed: DeployedFederation, site: Path, run_id: str) -> list[dict[str, object]]:
