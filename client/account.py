@@ -147,6 +147,16 @@ class SiteAccount:
         ]  # fmt: skip
         return charges[-1]
 
+    def close(self, run: str, reason: str) -> bool:
+        """Ends a run that has begun, in every ledger that it is charged to; False where there was nothing to end."""
+        ended = False
+        for ledger in self.ledgers:
+            begun = ledger.runs.get(run)
+            if begun is not None and begun.closed is None:
+                ledger.close(run, reason)
+                ended = True
+        return ended
+
     # ---- decisions
 
     def proposed(self, run: str) -> ProposedRun | None:

@@ -17,7 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.delivery import receive
-from client.gate import MOST_STATEMENT_BYTES, SealedCode, SealedStatement, Slot, build
+from client.gate import SealedCode, SealedStatement, Slot, build
 from client.membership import open_channel, question_of, question_of_offer, question_unread
 from client.settings import (
     RELEASE_CODE,
@@ -51,6 +51,7 @@ from shared.records import (
     encode_reply,
     records_digest,
 )
+from shared.spend import MOST_BYTES
 from shared.tree import check_same_tree
 
 check_same_tree(__file__)
@@ -137,8 +138,10 @@ def _receive(records: RecordDict, asked: _Asked, site: Site, keys: AggregatorKey
     try:
         with site.account.locked():
             weights = hashlib.sha256(asked.offer.files[GENERATOR_FILE]).hexdigest()
+            # The aggregator says that the run is over: it cannot have a statement of a part of it and go on.
+            site.account.close(asked.offer.run_id, "its trained model came")
             found = spend_statement(site.folder, site.account.ledger, asked.offer.run_id, weights=weights)
-        if len(found) > MOST_STATEMENT_BYTES:
+        if len(found) > MOST_BYTES:
             raise UsageError(f"the statement of run {asked.offer.run_id} is too long to be sent: `client statement`")
         asked.statement = found
     except Exception as error:  # the model is here all the same

@@ -530,7 +530,7 @@ def deny(
     with account.locked():
         if proposed is not None:
             account.decide(run, "denied")
-        _close(account, run, reason)
+        account.close(run, _printable(reason))
     if as_json:
         _print_json({"run": run, "decision": "denied", "closed": begun is not None})
         return
@@ -595,12 +595,15 @@ def statement(
     site_dir: Site,
     run: Run,
     out: Annotated[Path, typer.Option(help="The file to write; it must be new.", show_default=False)] = ...,  # type: ignore[assignment]
+    close: Annotated[
+        bool, typer.Option("--close", help="First close the run for ever: the statement says that it is whole.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write what RUN spent at SITE_DIR, signed with the site's key: each charge, its noise, and the head of all.
 
-    Nothing in it depends on records. It goes to the operator with the site's receipt of the trained model by itself;
-    by hand it is needed where a site takes no models.
+    Nothing in it depends on records. It goes to the operator with the site's receipt of the trained model by itself,
+    which closes the run; by hand it is needed where a site takes no models.
     """
     from client.delivery import MODELS
     from client.statement import spend_statement
@@ -611,11 +614,18 @@ def statement(
         received = site_dir / MODELS / run / GENERATOR_FILE
         weights = hashlib.sha256(received.read_bytes()).hexdigest() if received.is_file() else ""
         content = spend_statement(site_dir, account.ledger, run, weights=weights)
+        if close:  # once it is clear that the site can sign, and write it
+            _check_place(out, replace=False)
+            account.close(run, "its statement was signed")
+            content = spend_statement(site_dir, account.ledger, run, weights=weights)
     _write(out, content, replace=False)
     if as_json:
-        _print_json({"run": run, "statement": str(out)})
+        _print_json({"run": run, "statement": str(out), "closed": account.ledger.runs[run].closed is not None})
         return
-    _print([f"{out}: send it to the operator; it says {account.ledger.runs[run].charges:,} charges and nothing else"])
+    lines = [f"{out}: send it to the operator; it says {account.ledger.runs[run].charges:,} charges and nothing else"]
+    if account.ledger.runs[run].closed is None:
+        lines.append("The run is open here and may be charged again; once it is over, write another with --close.")
+    _print(lines)
 
 
 @group_command(client, "receipts", "every message that left, and a page for a data-protection officer")
@@ -859,7 +869,7 @@ def _leave_federation(site_dir: Path, account: SiteAccount, name: str, reason: s
     with account.locked():
         for run in proposed:
             account.decide(run.run, "denied")
-        closed = [run.run for run in begun if _close(account, run.run, why)]
+        closed = [run.run for run in begun if account.close(run.run, _printable(why))]
     denied = [run.run for run in proposed if run.run not in closed]
     if as_json:
         _print_json({"federation": name, "closed": closed, "denied": denied})
@@ -934,17 +944,6 @@ def _refuse_begun(account: SiteAccount, run: str) -> None:
         raise UsageError(f"run {run} was closed: {begun.closed}", hint="a closed run stays closed")
     if begun is not None:
         raise UsageError(f"run {run} has begun already", hint="there is nothing to approve; `deny` closes it")
-
-
-def _close(account: SiteAccount, run: str, reason: str) -> bool:
-    """Ends a run that has begun, in every ledger that it is charged to; False where it has not begun or is closed."""
-    closed = False
-    for each in account.ledgers:
-        begun = each.runs.get(run)
-        if begun is not None and begun.closed is None:
-            each.close(run, _printable(reason))
-            closed = True
-    return closed
 
 
 def _terms(proposed: ProposedRun) -> str:
@@ -1103,14 +1102,18 @@ def _confirm(word: str, question: str) -> None:
         raise UsageError("not confirmed; nothing was changed", hint=f"type '{word}' when you are asked, or add --yes")
 
 
-def _write(file: Path, content: bytes, *, replace: bool) -> None:
-    """A file for a person, readable by its owner only, whole or not there."""
-    from shared.privacy.ledger import write_note
-
+def _check_place(file: Path, *, replace: bool) -> None:
     if file.is_dir() or (file.exists() and not replace):
         raise UsageError(f"{file} is there already", hint="name a new file")
     if not file.absolute().parent.is_dir():
         raise UsageError(f"there is no folder {file.absolute().parent}", hint="make it, or name another file")
+
+
+def _write(file: Path, content: bytes, *, replace: bool) -> None:
+    """A file for a person, readable by its owner only, whole or not there."""
+    from shared.privacy.ledger import write_note
+
+    _check_place(file, replace=replace)
     try:
         write_note(file, content, durable=True)
     except LedgerError as error:

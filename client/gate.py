@@ -31,8 +31,8 @@ from shared.records import (
     SiteReply,
     pack_envelope,
 )
+from shared.spend import MOST_BYTES
 
-MOST_STATEMENT_BYTES = 2**20
 QUERY_LENGTH = 2  # numbers of one answer: the right ones and the wrong ones
 
 
@@ -155,7 +155,7 @@ def _sealed(content: SealedRelease | SealedCode | SealedStatement, site_id: str)
             run_id, server_round, size = content.run_id, content.server_round, CODE_BYTES
         else:
             run_id, server_round, size = content.run_id, 0, content.length
-            if not 0 < size <= MOST_STATEMENT_BYTES:
+            if not 0 < size <= MOST_BYTES:
                 raise ProtocolError("a spend statement is longer than any")
         if not NAME.fullmatch(run_id):
             raise ProtocolError("a run id is not 1 to 64 letters, digits, dots, dashes or underscores")

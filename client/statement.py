@@ -25,6 +25,7 @@ def spend_statement(folder: Path, ledger: Ledger, run: str, *, weights: str = ""
 
     Args:
         folder: of the site.
+        ledger: locked, so that nothing is charged beside it.
         weights: SHA-256 of the generator's file that it is about, as the site has it.
     Raises:
         UsageError: the ledger has no such run.

@@ -35,6 +35,7 @@ from shared.protection.federation import Federation, SiteKeys
 from shared.protection.keys import SigningKey, VerifyKey, fingerprint
 from shared.protection.statements import canonical, read_statement, sign_statement
 from shared.rundir import GeneratorModel, build_model
+from shared.spend import MOST_BYTES as STATEMENT_BYTES
 from shared.spend import SpendStatement
 
 FORMAT = 1
@@ -42,7 +43,8 @@ MANIFEST = "bundle.json"
 WEIGHTS, CONFIG, PROMPTS, CARD, README = "model.safetensors", "config.json", "prompts.txt", "card.json", "README.md"
 FEDERATION = "federation.json"
 FIXED = {WEIGHTS: 2**29, CONFIG: 2**22, PROMPTS: 2**26, CARD: 2**22, README: 2**22}  # the most bytes of each
-STATEMENT_BYTES, MOST_SITES = 2**20, 2**14
+MANIFEST_BYTES, ADMISSION_BYTES, MOST_SITES = 2**22, 2**20, 2**14
+MOST_BYTES = 2**30  # of all files together
 _OF_A_SITE = re.compile(r"(statements|admissions)/([A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?)\.json")
 _TYPES = {"format": int, "run": str, "released": str, "files": dict, "signing-key": str}
 _OF_THE_PLAN = (
@@ -76,12 +78,23 @@ class Verified:
         return any(statement.simulated for statement in self.statements.values())
 
     @property
+    def sites(self) -> int:
+        """That the run's settings name, which every site signed."""
+        return int(json.loads(self.files[CONFIG])["run"]["federation"]["sites"])
+
+    @property
+    def absent(self) -> int:
+        """Sites that the settings name and that signed nothing."""
+        return max(0, self.sites - len(self.statements))
+
+    @property
     def line(self) -> str:
         """One line for whoever uses the model."""
         privacy = self.card["privacy"]
         whose = "computed from their statements" if self.epsilon is not None else "as its releaser says"
         cost = f"epsilon {privacy['epsilon_max']:.3g} {whose}" if privacy["private"] else "no privacy"
-        sites = f"{len(self.statements)} {'simulated sites' if self.simulated else 'sites'}"
+        kind = "simulated sites" if self.simulated else "sites"
+        sites = f"{len(self.statements)} {f'of {self.sites} ' if self.absent else ''}{kind}"
         return f"{self.folder}: signed by {self.releaser}; {sites}, {cost}; unaltered since"
 
     @property
@@ -102,6 +115,8 @@ class Verified:
             found.append(f"Epsilon, computed again from the statements, is {_figure(self.epsilon)}, as the card says.")
         if all(statement.weights for statement in self.statements.values()):
             found.append("Every site signed that these weights are the model that it was given when the run was over.")
+        if all(statement.closed for statement in self.statements.values()):
+            found.append("Every site signed that its ledger takes no further charge of this run: these are all.")
         return found
 
     @property
@@ -109,9 +124,16 @@ class Verified:
         """What nobody can see from these files, in sentences."""
         whom = "whoever simulated the run" if self.simulated else "each site"
         unsigned = sorted(site for site, statement in self.statements.items() if not statement.weights)
+        open_still = sorted(site for site, statement in self.statements.items() if not statement.closed)
+        others = (
+            f"That no other site took part: the settings name {self.sites}, {len(self.statements)} signed."
+            if self.absent
+            else "That no site took part beyond those that the settings count: whoever released it says so."
+        )
         return [
             *([f"That these weights are of this run: {', '.join(unsigned)} signed for none."] if unsigned else []),
-            "That the statements are of the run's end, and of all sites that took part: whoever released it says so.",
+            *([f"That {', '.join(open_still)} charged no more: the run was open there."] if open_still else []),
+            others,
             "The words of README.md; the figures above were checked, that file was not.",
             f"That {whom} told the truth: that nothing else left it about these records.",
             "That the code that ran was the release whose digest the statements name.",
@@ -233,7 +255,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             f"{folder} is no released model: it has no {MANIFEST}",
             hint="`fedcanvas release RUN --out FOLDER` makes one",
         )
-    content = _content(folder / MANIFEST, 2**22)
+    content = _content(folder / MANIFEST, MANIFEST_BYTES)
     try:
         version = json.loads(content).get("format")
     except (ValueError, AttributeError, RecursionError):
@@ -242,13 +264,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         raise BundleError(
             f"{folder} has format {version!r}, this release reads {FORMAT}", hint="install the release that made it"
         )
-    manifest = read_statement(content, "bundle", _TYPES, None, what=f"the manifest {folder / MANIFEST}")
+    manifest = read_statement(
+        content, "bundle", _TYPES, None, what=f"the manifest {folder / MANIFEST}", most_bytes=MANIFEST_BYTES
+    )
     named, sizes = manifest["files"], dict[str, int]()
     for name, digest in named.items():
         of_a_site = _OF_A_SITE.fullmatch(name)
         if not (name in FIXED or name == FEDERATION or of_a_site) or type(digest) is not str:
             raise BundleError(f"{folder / MANIFEST} names {name!r}, which no released model has")
-        sizes[name] = FIXED.get(name, STATEMENT_BYTES)
+        of_a_statement = of_a_site is not None and of_a_site[1] == "statements"
+        sizes[name] = FIXED.get(name, STATEMENT_BYTES if of_a_statement else ADMISSION_BYTES)
     if len(named) > 2 * MOST_SITES or not FIXED.keys() <= named.keys():
         raise BundleError(f"{folder / MANIFEST} does not name all that a released model has")
     there = _there(folder)
@@ -256,7 +281,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         raise BundleError(f"{folder} holds a file that was not released: {more[0]}", hint="remove it, or get it again")
     if missing := sorted(named.keys() - there):
         raise BundleError(f"{folder / missing[0]} is missing", hint=_ALTERED)
-    files = {name: _content(folder / name, most) for name, most in sizes.items()}
+    files, left = dict[str, bytes](), MOST_BYTES
+    for name, most in sizes.items():
+        files[name] = _content(folder / name, min(most, left))
+        left -= len(files[name])
     for name, found in files.items():
         if hashlib.sha256(found).hexdigest() != named[name]:
             raise BundleError(f"{folder / name} is not the file that was released", hint=_ALTERED)

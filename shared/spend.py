@@ -26,13 +26,13 @@ from shared.protection.keys import SigningKey, VerifyKey
 from shared.protection.statements import canonical, read_statement, sign_statement
 
 KIND = "spend"
-MOST_CHARGES = 100_000
+MOST_BYTES, MOST_CHARGES = 2**24, 100_000
 DIGEST, NONCE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 RELEASES = ("gradient", "update", "moments")
 _TYPES = {
     "federation": str, "site": str, "run": str, "simulated": bool, "adjacency": str, "config-digest": str,
-    "prompts-digest": str, "code-digest": str, "plan": str, "charges": list, "head": str, "weights": str,
-    "signing-key": str,
+    "prompts-digest": str, "code-digest": str, "plan": str, "charges": list, "head": str, "closed": bool,
+    "weights": str, "signing-key": str,
 }  # fmt: skip
 _CHARGE = ("server_round", "attempt", "release", "steps", "instruction_digest", "nonce")
 
@@ -45,6 +45,7 @@ class SpendStatement:
         simulated: of a site that was simulated: its key and its ledger were made by whoever simulated it.
         charges: the fields `_CHARGE` of each, in the order of the ledger.
         head: of the run after the last charge, 64 hex digits.
+        closed: the site's ledger takes no further charge of the run, so these are all.
         signing: whose signature was checked.
         weights: SHA-256 of the generator's file that the site received; "" where it has none of this run.
     """
@@ -59,6 +60,7 @@ class SpendStatement:
     plan: PrivacyPlan
     charges: tuple[tuple[int, int, str, int, str, str], ...]
     head: str
+    closed: bool
     signing: VerifyKey
     weights: str = ""
 
@@ -73,7 +75,7 @@ class SpendStatement:
         )  # fmt: skip
         return cls(
             terms.federation, site, run, ledger.lineage.simulated, terms.config_digest, terms.prompts_digest,
-            terms.code_digest, terms.plan, charges, account.head, key.public, weights,
+            terms.code_digest, terms.plan, charges, account.head, account.closed is not None, key.public, weights,
         )  # fmt: skip
 
     def sign(self, key: SigningKey) -> dict[str, Any]:
@@ -83,7 +85,7 @@ class SpendStatement:
             "adjacency": ADJACENCY, "config-digest": self.config_digest, "prompts-digest": self.prompts_digest,
             # Statements hold no numbers with a point, of which readers might make others.
             "code-digest": self.code_digest, "plan": canonical(self.plan.to_dict()).decode(),
-            "charges": [list(charge) for charge in self.charges], "head": self.head,
+            "charges": [list(charge) for charge in self.charges], "head": self.head, "closed": self.closed,
             "weights": self.weights, "signing-key": self.signing.text,
         }  # fmt: skip
         return sign_statement(KIND, fields, key)
@@ -96,7 +98,7 @@ class SpendStatement:
         Raises:
             TrustError: the signature is not by that key, the charges do not make the head, or a field cannot be.
         """
-        found = read_statement(content, KIND, _TYPES, key, what=what)
+        found = read_statement(content, KIND, _TYPES, key, what=what, most_bytes=MOST_BYTES)
         named = VerifyKey.from_text(found["signing-key"])
         if key is not None and named != key:
             raise TrustError(f"{what} names another key than the one that signed it")
@@ -115,8 +117,8 @@ class SpendStatement:
             )
         return cls(
             found["federation"], found["site"], found["run"], found["simulated"], found["config-digest"],
-            found["prompts-digest"], found["code-digest"], _plan(found["plan"], what), charges, head, named,
-            found["weights"],
+            found["prompts-digest"], found["code-digest"], _plan(found["plan"], what), charges, head,
+            found["closed"], named, found["weights"],
         )  # fmt: skip
 
     @property

@@ -673,7 +673,11 @@ def _write_statements(run: RunDirectory) -> None:
     weights = hashlib.sha256((run.path / "model/generator.safetensors").read_bytes()).hexdigest()
     for name in run.heads():
         folder = _sites_folder(run.path) / name
-        statement = spend_statement(folder, Ledger(folder / "lineages" / name), run.run_id, weights=weights)
+        ledger = Ledger(folder / "lineages" / name)
+        with ledger.locked():
+            if ledger.runs[run.run_id].closed is None:
+                ledger.close(run.run_id, "the simulation is over")
+            statement = spend_statement(folder, ledger, run.run_id, weights=weights)
         run.write_bytes(f"statements/{name}.json", statement)
 
 

@@ -57,7 +57,8 @@ class SignedRun:
         head = head_after(charges)
         statement = SpendStatement(
             run.config.federation.name, site, run.run_id, self.identity is None, run.config.digest,
-            prompts_digest(run.prompts), CODE, make_plan(run.config), tuple(charges), head, key.public,
+            prompts_digest(run.prompts), CODE, make_plan(run.config), tuple(charges), head, True,
+            key.public,
         )  # fmt: skip
         content = canonical(replace(statement, **changes).sign(key)) + b"\n"
         (self.path / "statements").mkdir(exist_ok=True)

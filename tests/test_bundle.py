@@ -624,6 +624,37 @@ def test_a_charge_after_the_last_answer_that_came_does_not_keep_a_run_from_being
     assert sites["site-1"]["epsilon"] > sites["site-0"]["epsilon"]  # and it counts
 
 
+def test_what_is_not_whole_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that was open when its site signed, and sites that the settings count and that are not heard of."""
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
+    charges = charges_of(made.run.config)
+    whole = verify(made.release(tmp_path / "whole"), recompute=False)
+    assert any("takes no further charge" in line for line in whole.proved)
+    assert "2 simulated sites" in whole.line
+    assert not any("open" in line or "no other site" in line for line in whole.trusted)
+    made.state("site-1", charges, closed=False)
+    still_open = verify(made.release(tmp_path / "open"), recompute=False)
+    assert not any("takes no further charge" in line for line in still_open.proved)
+    assert any("site-1 charged no more" in line for line in still_open.trusted)
+    (made.path / "statements/site-1.json").unlink()
+    made.remember({"site-0": head_after(charges)})
+    fewer = verify(made.release(tmp_path / "fewer"), recompute=False)
+    assert "1 of 2 simulated sites" in fewer.line
+    assert any("the settings name 2, 1 signed" in line for line in fewer.trusted)
+
+
+def test_a_statement_of_many_thousand_charges_is_read_and_one_beyond_all_bounds_is_not(tmp_path: Path) -> None:
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
+    charge = ("gradient", 1, "a" * 64, "0" * 32)
+    many = [(place, 1, charge[0], charge[1], charge[2], f"{place:032x}") for place in range(1, 30_001)]
+    made.state("site-0", many)
+    content = (made.path / "statements/site-0.json").read_bytes()
+    assert len(content) > 2**21
+    assert len(SpendStatement.read(content, what="it").charges) == 30_000
+    with pytest.raises(TrustError, match="it is longer than"):
+        SpendStatement.read(content + b" " * 2**24, what="it")
+
+
 def test_a_release_needs_each_sites_statement_up_to_its_last_answer(tmp_path: Path) -> None:
     made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
     charges = charges_of(made.run.config)

@@ -192,7 +192,8 @@ def test_a_model_is_kept_as_the_aggregator_has_it_and_draws_the_same_pictures(
     here, there = load_model(site / "models/run"), load_model(model)
     drawn = [pictures(one, ["a photo of a red"] * 3, seed=5, indices=range(3)) for one in (here, there)]
     assert np.array_equal(*drawn)
-    assert ledger.read_bytes() == before  # it costs nothing
+    added = ledger.read_bytes().removeprefix(before).splitlines()
+    assert [json.loads(line)["kind"] for line in added] == ["closed"]  # it costs nothing
     assert codes_noted(site) == ["received"]
     # On the wire it is sealed: its length is that of the statement, a refusal's that of any code.
     assert isinstance(reply, SiteReply)
@@ -211,6 +212,66 @@ def test_a_model_is_kept_as_the_aggregator_has_it_and_draws_the_same_pictures(
     names = ("server_round", "attempt", "release", "steps", "instruction_digest", "nonce")
     assert statement.charges == tuple(tuple(line[name] for name in names) for line in charges)
     assert not statement.simulated
+    assert statement.closed
+
+
+def test_a_run_whose_model_came_is_over_at_the_site(site: Path, aggregator: Operator, model: Path) -> None:
+    """Nobody gets a statement of a part of a run and goes on with it."""
+    (ledger,) = site.rglob("ledger.jsonl")
+    assert offered(site, aggregator, files_of(model)) == b"received"
+    after = ledger.read_bytes()
+    forget_site(site)
+    for server_round in (2, 1):  # the next one, and the one that was answered
+        asked = round_of(server_round=server_round)
+        channel = open_channel(site, "site-0")
+        assert channel is not None
+        reply = sent(site, signed(aggregator.channel, asked))
+        assert isinstance(reply, SiteReply)
+        found = aggregator.channel.open(reply.envelope, context=question_of(channel, asked))
+        assert (found.kind, found.content) == ("code", b"denied")
+    assert offered(site, aggregator, files_of(model)) == b"received"
+    assert ledger.read_bytes() == after
+
+
+def test_a_site_that_takes_no_models_signs_by_hand(
+    site: Path, aggregator: Operator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, (ledger,) = tmp_path / "said.json", site.rglob("ledger.jsonl")
+    key = aggregator.channel.sites["site-0"]
+    assert fedcanvas(["client", "statement", str(site), "run", "--out", str(out)]) == 0
+    assert "may be charged again" in capsys.readouterr().out
+    first, before = SpendStatement.read(out.read_bytes(), what="it", key=key), ledger.read_bytes()
+    assert (first.closed, first.weights, len(first.charges)) == (False, "", 1)
+    # A wrong place, or a run that is not here, closes nothing.
+    again = ["client", "statement", str(site), "run", "--close", "--json", "--out"]
+    assert fedcanvas([*again, str(out)]) == 2
+    assert fedcanvas(["client", "statement", str(site), "none", "--close", "--out", str(tmp_path / "none")]) == 2
+    assert ledger.read_bytes() == before
+    assert not (tmp_path / "none").exists()
+    capsys.readouterr()
+    for place in ("whole.json", "again.json"):  # what is closed is signed again
+        assert fedcanvas([*again, str(tmp_path / place)]) == 0
+        assert json.loads(capsys.readouterr().out)["closed"] is True
+        whole = SpendStatement.read((tmp_path / place).read_bytes(), what="it", key=key)
+        assert (whole.closed, whole.charges, whole.head) == (True, first.charges, first.head)
+    added = ledger.read_bytes().removeprefix(before).splitlines()
+    assert [json.loads(line)["kind"] for line in added] == ["closed"]
+
+
+def test_where_the_run_cannot_be_closed_nothing_is_signed_and_the_model_is_there(
+    site: Path, aggregator: Operator, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(client.account.Ledger, "close", full)
+    records = signed(aggregator.channel, ModelOffer("run", files_of(model)))
+    reply = sent(site, records, kind=OFFER_TYPE)
+    assert isinstance(reply, SiteReply)
+    question = Context(aggregator.name, "run", "site-0", 0, instruction_digest=digest_of(records))
+    assert aggregator.channel.open(reply.envelope, context=question).kind == "code"
+    assert said_by(reply, aggregator, records) == ("run", b"received")
+    assert files_of(site / "models/run") == files_of(model)
 
 
 def test_the_same_model_again_is_confirmed_again_and_changes_nothing(
@@ -588,7 +649,11 @@ def test_what_is_confirmed_is_on_the_disk_with_all_its_names(site: Path, aggrega
             for name in ("rename", "fsync"):
                 patch.setattr(os, name, noted(name, getattr(os, name)))
             assert offered(site, aggregator, files_of(model)) == b"received"
-        assert done[-2:] == ["fsync models", "fsync ."]
+        at = max(place for place, what in enumerate(done) if what == "fsync models")
+        assert done[at + 1] == "fsync ."
+        # After it the run is closed, before the answer: the ledger's line first, then the note of where it ends.
+        closed = [name for name in done[at + 2 :] if "ledger" in name or "anchor" in name]
+        assert [name.rpartition("/")[2] for name in closed][:1] == (["ledger.jsonl"] if count == 1 else [])
         if count == 1:
             there = done.index("rename models/run")
             for file in (*NAMES, "received.json"):

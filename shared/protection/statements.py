@@ -17,7 +17,7 @@ from shared.errors import TrustError
 from shared.protection.keys import SigningKey, VerifyKey, from_base64, to_base64
 
 DOMAIN = b"fedcanvas statement 1\0"
-MOST_BYTES = 2**20
+MOST_BYTES = 2**20  # of a statement whose kind needs no more
 
 
 def sign_statement(kind: str, fields: Mapping[str, Any], key: SigningKey) -> dict[str, Any]:
@@ -28,8 +28,9 @@ def sign_statement(kind: str, fields: Mapping[str, Any], key: SigningKey) -> dic
 
 
 def read_statement(
-    content: bytes | Mapping[str, Any], kind: str, types: Mapping[str, type], key: VerifyKey | None, *, what: str
-) -> dict[str, Any]:
+    content: bytes | Mapping[str, Any], kind: str, types: Mapping[str, type], key: VerifyKey | None, *, what: str,
+    most_bytes: int = MOST_BYTES,
+) -> dict[str, Any]:  # fmt: skip
     """The fields of a statement, without kind and signature.
 
     Args:
@@ -38,9 +39,9 @@ def read_statement(
             has that key and nothing else.
         what: names it to a person, such as "the request request.json".
     Raises:
-        TrustError: no JSON, another kind, other fields, or another signature.
+        TrustError: no JSON, longer than `most_bytes`, another kind, other fields, or another signature.
     """
-    table = _parse(content, what) if isinstance(content, bytes) else dict(content)
+    table = _parse(content, what, most_bytes) if isinstance(content, bytes) else dict(content)
     if table.get("kind") != kind:
         raise TrustError(f"{what} is no statement of kind '{kind}'")
     signature = table.pop("signature", None)
@@ -67,9 +68,9 @@ def canonical(table: Mapping[str, Any]) -> bytes:
     return json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def _parse(content: bytes, what: str) -> dict[str, Any]:
-    if len(content) > MOST_BYTES:
-        raise TrustError(f"{what} is longer than {MOST_BYTES} bytes")
+def _parse(content: bytes, what: str, most_bytes: int) -> dict[str, Any]:
+    if len(content) > most_bytes:
+        raise TrustError(f"{what} is longer than {most_bytes} bytes")
     try:
         # A name that stands twice could mean one thing to who signed and another to who reads.
         table = json.loads(content, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_refuse)
