@@ -1,6 +1,7 @@
-"""What a service costs: throughput and waiting at 1, 16 and 64 clients beside a bare loop over the model, and memory.
+"""What a service costs: throughput and waiting at 1, 16 and 64 clients beside a bare loop over the model; what it does
+when far too much is asked of it, and after that; memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/serving.py [--rounds 5] [--seconds 2] [--pictures 4] [--requests 5000]
+    OMP_NUM_THREADS=1 python benchmarks/serving.py [--rounds 5] [--seconds 2] [--pictures 4] [--requests 10000]
 
 The model has the demo's size and the weights it starts with. The bare loop draws arrays and makes no files, in this
 process, request by request (as a script would) and in full batches. The service is the command in a process of its own;
@@ -37,6 +38,7 @@ from simulations.scenarios import demo
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = tuple(f"a picture of {number}" for number in range(96))
 CLIENTS = (1, 16, 64)
+CROWD, CROWD_SECONDS = 512, 5  # clients, and how many times as long as the others they come
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=4, help="of a request")
-    parser.add_argument("--requests", type=int, default=5000, help="over which memory is looked at")
+    parser.add_argument("--requests", type=int, default=10_000, help="over which memory is looked at")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = _make_run(Path(folder) / "run")
@@ -67,6 +69,8 @@ def main() -> None:
                     for clients in CLIENTS
                 }
                 rounds.append((loops, rows))
+            too_many = asyncio.run(_load(port, CROWD, options.pictures, seconds=CROWD_SECONDS * options.seconds))
+            afterwards = asyncio.run(_load(port, 16, options.pictures, seconds=options.seconds))
             spent = _processor(process.pid)
             before = _resident(process.pid)
             asyncio.run(_load(port, 16, options.pictures, requests=options.requests))
@@ -87,6 +91,13 @@ def main() -> None:
             f"  {clients:7}  {_median([one.rate for one in found]):10.0f}  {by_request:22.2f}  {full:15.2f}"
             f"  {quantiles[49] * 1e3:7.1f}  {quantiles[98] * 1e3:7.1f}  {sum(one.refused for one in found):8}"
         )
+    usual = _median([rows[16].rate for _, rows in rounds])
+    print(
+        f"{CROWD} clients for {CROWD_SECONDS * options.seconds:g} s: {too_many.rate:.0f} pictures/s,"
+        f" {too_many.rate / usual:.2f} of 16 clients, p99 {_quantile(too_many, 99):.0f} ms, {too_many.refused} requests"
+        f" told to come again; 16 clients afterwards: {afterwards.rate / usual:.2f} of before,"
+        f" p99 {_quantile(afterwards, 99):.0f} ms"
+    )
     bare = _median([loops["processor"] for loops, _ in rounds])
     print(
         f"processor time a picture: {bare * 1e3:.2f} ms in the loop of full batches, {spent * 1e3:.2f} ms in the"
@@ -185,7 +196,9 @@ async def _load(
             if head.startswith(b"HTTP/1.1 200"):
                 waits.append(time.perf_counter() - began)
             else:
+                assert head.startswith(b"HTTP/1.1 429"), head
                 refused += 1
+                await asyncio.sleep(0.5)
         writer.close()
         await writer.wait_closed()
 
@@ -205,6 +218,11 @@ def _processor(process: int) -> float:
     """Seconds that it has used so far."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _quantile(measured: Measured, percent: int) -> float:
+    """Milliseconds."""
+    return statistics.quantiles(measured.waits, n=100)[percent - 1] * 1e3
 
 
 def _median(values: list[float]) -> float:
