@@ -20,9 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy import optimize
-from scipy.fft import next_fast_len
-from scipy.special import log_ndtr, ndtr
+import scipy  # its parts load where they are first used: whoever draws pictures prices nothing
 
 from shared.errors import PrivacyError
 
@@ -221,14 +219,14 @@ def analytic_gaussian_epsilon(mu: float, delta: float) -> float:
 
     def excess(epsilon: float) -> float:
         at, below = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
-        return float(ndtr(at) - np.exp(epsilon + log_ndtr(below)) - delta)
+        return float(scipy.special.ndtr(at) - np.exp(epsilon + scipy.special.log_ndtr(below)) - delta)
 
     if excess(0.0) <= 0:
         return 0.0
     # Zero-concentrated privacy always bounds it: Bun & Steinke 2016, https://arxiv.org/abs/1605.02065.
     above = mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))
     tolerance = 1e-12 * max(above, 1.0)
-    return float(optimize.brentq(excess, 0.0, above, xtol=tolerance)) + tolerance
+    return float(scipy.optimize.brentq(excess, 0.0, above, xtol=tolerance)) + tolerance
 
 
 def analytic_gaussian_noise_multiplier(epsilon: float, delta: float) -> float:
@@ -236,7 +234,9 @@ def analytic_gaussian_noise_multiplier(epsilon: float, delta: float) -> float:
     low, high = 0.0, 1.0
     while analytic_gaussian_epsilon(high, delta) < epsilon:
         low, high = high, 2 * high
-    mu = optimize.brentq(lambda x: analytic_gaussian_epsilon(x, delta) - epsilon, low, high, xtol=1e-12, rtol=1e-10)
+    mu = scipy.optimize.brentq(
+        lambda x: analytic_gaussian_epsilon(x, delta) - epsilon, low, high, xtol=1e-12, rtol=1e-10
+    )
     return float((1 + 1e-9) / mu)
 
 
@@ -391,7 +391,7 @@ def _prv_intervals(
     epsilon_error = mesh * spread
     if epsilon_error > 0.5:
         raise PrivacyError(f"the error of the accountant would be {epsilon_error:.2g}")
-    half = next_fast_len(math.ceil(reach / mesh) + 1, real=True)
+    half = scipy.fft.next_fast_len(math.ceil(reach / mesh) + 1, real=True)
     domain = prv.Domain(-(half - 1) * mesh, half * mesh, 2 * half)
     variables = [prv.PoissonSubsampledGaussianPRV(releases.sampling_rate, releases.noise_multiplier)]
     if releases.mu:
@@ -423,7 +423,7 @@ class _GaussianPRV:
         self.mu = mu
 
     def cdf(self, loss: Any) -> Any:
-        return ndtr((loss - self.mu**2 / 2) / self.mu)
+        return scipy.special.ndtr((loss - self.mu**2 / 2) / self.mu)
 
 
 def _rdp_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[float]:

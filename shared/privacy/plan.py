@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from scipy import optimize
+import scipy
 
 from shared.config import RunConfig
 from shared.errors import PrivacyError
@@ -211,7 +211,7 @@ def _solve(
             return math.exp(at)
         at, here = beyond, there
     low, high = sorted([at, beyond])
-    root = float(optimize.brentq(excess, low, high, xtol=5e-5))
+    root = float(scipy.optimize.brentq(excess, low, high, xtol=5e-5))
     return math.exp(min(root + 5e-5, high))
 
 
