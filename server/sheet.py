@@ -6,15 +6,19 @@ Never given a site's images: real pictures come from the public reference set on
 
 from __future__ import annotations
 
+import io
+import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from shared.data.encoding import encode_png, write_words
+from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 64  # a picture is enlarged to about this many pixels
 GAP = 4
@@ -26,6 +30,8 @@ LINE = 18  # from one line of text to the next
 MOST_COLUMNS = 4
 TARGET_WIDTH = 1330
 BETWEEN = 14  # generated | real
+# Latin, Greek, Cyrillic and what stands between words: all in DejaVu, and no letter changes with its neighbours.
+_UNSHAPED = re.compile("[ -\u02af\u0386-\u0482\u2010-\u2026\ufffd]*")
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,9 @@ def contact_sheet(
         if real:
             canvas[top : top + step - GAP, after - (BETWEEN + GAP) // 2] = 150  # the line between the two
         words += [(part, left, top + step + LINE * (line + 1) - 6, False) for line, part in enumerate(text)]
-    return encode_png(_with_words(canvas, words))
+    out = io.BytesIO()
+    _with_words(canvas, words).save(out, "PNG")
+    return out.getvalue()
 
 
 def wrapped(text: str, columns: int, *, most: int = 2) -> list[str]:
@@ -120,12 +128,38 @@ def _paste(canvas: np.ndarray, image: np.ndarray, scale: int, *, top: int, left:
     canvas[top : top + large.shape[0], left : left + large.shape[1]] = large  # grey spreads over three channels
 
 
-def _with_words(canvas: np.ndarray, words: Sequence[tuple[str, int, int, bool]]) -> np.ndarray:
-    """`canvas` with (text, left, baseline, bold). Matplotlib shapes scripts; OpenCV has the letters that it lacks."""
+def _with_words(canvas: np.ndarray, words: Sequence[tuple[str, int, int, bool]]) -> Image.Image:
+    """`canvas` with (text, left, baseline, bold), by Pillow where no letter depends on its neighbours."""
+    image = Image.fromarray(canvas)
+    draw, others = ImageDraw.Draw(image), []
+    for text, left, baseline, bold in words:
+        text = "".join(character if character.isprintable() else "�" for character in text)
+        if _UNSHAPED.fullmatch(text):
+            draw.text((left, baseline), text, fill=(0, 0, 0), font=_font(bold), anchor="ls")
+        else:
+            others.append((text, left, baseline, bold))
+    return Image.fromarray(_with_shaped_words(np.asarray(image), others)) if others else image
+
+
+@cache
+def _font(bold: bool) -> ImageFont.FreeTypeFont:
+    # Of matplotlib's files: to load the library for a line of Latin takes a quarter of the time of a first picture.
+    found = find_spec("matplotlib")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    folder = Path(found.submodule_search_locations[0]) / "mpl-data/fonts/ttf"
+    file = folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
+    return ImageFont.truetype(file, FONT_PIXELS, layout_engine=ImageFont.Layout.BASIC)  # alike with and without Raqm
+
+
+def _with_shaped_words(canvas: np.ndarray, words: Sequence[tuple[str, int, int, bool]]) -> np.ndarray:
+    """The same for any script. Matplotlib shapes letters; OpenCV has those that it lacks."""
     from matplotlib import font_manager
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ft2font import FT2Font
+
+    from shared.data.encoding import write_words
 
     known = FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
     height, width = canvas.shape[:2]
@@ -133,7 +167,6 @@ def _with_words(canvas: np.ndarray, words: Sequence[tuple[str, int, int, bool]])
     figure.figimage(canvas, 0, 0, origin="upper")
     lacking = []
     for text, left, baseline, bold in words:
-        text = "".join(character if character.isprintable() else "�" for character in text)
         if all(ord(character) in known for character in text):
             figure.text(
                 left / width, 1 - baseline / height, text, fontsize=FONT_PIXELS * 72 / DOTS,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,11 @@ from server.generator import MOST_SEED, ROWS
 from shared.cli import run
 from shared.errors import BundleError, PromptError, RunDirectoryError, UsageError
 
+# Slow to load, and of training, accounting, charts or decoding: a first picture waits for none of them.
+NOT_FOR_A_PICTURE = (
+    "flwr", "ray", "opacus", "dp_accounting", "transformers", "torchvision", "torch_fidelity", "sklearn", "cv2",
+    "matplotlib", "scipy.optimize", "scipy.special", "scipy.stats",
+)  # fmt: skip
 PROMPTS = ["a large red circle on a white background", "红色的圆 🟥", "zyzzyva"]
 
 
@@ -255,3 +263,30 @@ def test_grey_pictures_have_no_axis_of_colours(tmp_path: Path) -> None:
 def test_where_there_is_no_model_it_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="no model at"):
         Generator.load(tmp_path / "nowhere")
+
+
+def loaded_by(arguments: list[str], names: Sequence[str]) -> list[str]:
+    """Those of the modules `names` that a fresh process has loaded after this command line, which did its work."""
+    script = (
+        "import sys; from shared.cli import run\n"
+        f"assert run({arguments!r}) == 0\n"
+        f"print(*[name for name in {names!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("model", ["runs/a", "bundle"])
+def test_a_picture_waits_for_no_library_that_draws_none(place: Path, tmp_path: Path, model: str) -> None:
+    # n = 1: its cell is so narrow that the prompt on the sheet is cut and gets an ellipsis.
+    prompt = "ein großer roter Kreis, «Круг», “κύκλος”"
+    arguments = ["generate", prompt, "--model", str(place / model), "--n", "1", "--out", str(tmp_path / "pictures")]
+    assert loaded_by(arguments, ("torch", *NOT_FOR_A_PICTURE)) == ["torch"]
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+@pytest.mark.parametrize("model", ["runs/a", "bundle"])
+def test_words_wait_for_no_model(place: Path, model: str) -> None:
+    arguments = ["describe", "a circle", "--model", str(place / model)]
+    assert loaded_by(arguments, ("numpy", "torch", *NOT_FOR_A_PICTURE)) == ["numpy"]

@@ -66,7 +66,9 @@ PLACES = {
     "prometheus_client": {"server.serving.metrics"},
     "h11": {"server.serving.service"},
     "safetensors": {"shared.rundir", "shared.metrics"},
-    "PIL": {"server.generator", "server.serving.app", "server.onnx_generate", "server.onnx_generate_tokens"},
+    "PIL": {
+        "server.generator", "server.serving.app", "server.sheet", "server.onnx_generate", "server.onnx_generate_tokens",
+    },
     "onnx": {"server.export"},
     "onnxruntime": {"server.export", "server.onnx_generate", "server.onnx_generate_tokens"},
     "tokenizers": {"server.export", "server.onnx_generate_tokens"},

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import unicodedata
+from pathlib import Path
+
 import cv2
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.ft2font import FT2Font
 
+from server import sheet
 from server.evaluation import shown_prompts
 from server.sheet import BETWEEN, GAP, MARGIN, SheetCell, contact_sheet, wrapped
 from shared.data.decoding import decode_image
@@ -75,6 +81,23 @@ def test_any_prompt_can_stand_under_its_pictures(prompt: str) -> None:
     without = decoded(contact_sheet([SheetCell(" ", white)], title=""))
     height = min(len(with_text), len(without))
     assert (with_text[:height] != without[:height]).any()
+
+
+def test_letters_that_pillow_draws_are_in_both_fonts_and_stand_where_matplotlib_puts_them() -> None:
+    letters = [chr(code) for code in range(0x110000) if sheet._UNSHAPED.fullmatch(chr(code))]
+    shown = [letter for letter in letters if letter.isprintable()]
+    assert not [letter for letter in shown if unicodedata.combining(letter) or unicodedata.bidirectional(letter) == "R"]
+    fonts = Path(matplotlib.get_data_path()) / "fonts/ttf"
+    for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"):
+        assert not [letter for letter in shown if ord(letter) not in FT2Font(fonts / name).get_charmap()]
+    canvas = np.full((40, 400, 3), 255, np.uint8)
+    for bold in (False, True):
+        words = [("gÀñ, Ждy κύκλος “a”…", 20, 25, bold)]
+        boxes = []
+        for pixels in (np.asarray(sheet._with_words(canvas, words)), sheet._with_shaped_words(canvas, words)):
+            rows, columns = np.nonzero((pixels < 128).any(axis=2))
+            boxes.append(np.array([rows.min(), rows.max(), columns.min(), columns.max()]))
+        assert np.abs(boxes[0] - boxes[1]).max() <= 2, boxes
 
 
 def test_equal_pictures_give_equal_bytes() -> None:
