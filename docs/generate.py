@@ -10,13 +10,13 @@ Not here: pages that explain; people write those.
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -131,10 +131,9 @@ def commands_page() -> str:
     lines += ["| code | when |", "|---|---|", "| 0 | success |"]
     lines += ["| 1 | a file that was named cannot be used; with a traceback, a bug |"]
     lines += [*exit_code_rows(), "| 130 | interrupted by Ctrl-C |"]
-    with ThreadPoolExecutor(2) as pool:
-        commands = list(command_names())
-        for command, text in zip(commands, pool.map(help_text, commands), strict=True):
-            lines += ["", f"## {f'fedcanvas {command}'.strip()}", "", "```", text, "```"]
+    os.environ.update(COLUMNS=str(HELP_COLUMNS), TERM="dumb", NO_COLOR="1")
+    for command in command_names():
+        lines += ["", f"## {f'fedcanvas {command}'.strip()}", "", "```", help_text(command), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -158,14 +157,11 @@ def exit_code_rows() -> Iterator[str]:
 
 def help_text(command: str) -> str:
     """What `fedcanvas COMMAND --help` prints on a terminal of fixed width without colours."""
-    plain = {"COLUMNS": str(HELP_COLUMNS), "TERM": "dumb", "NO_COLOR": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "shared.cli", *command.split(), "--help"],
-        env={**os.environ, **plain}, cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    if result.returncode:
-        sys.exit(f"fedcanvas {command} --help failed: {result.stderr}")
-    return "\n".join(line.rstrip() for line in result.stdout.strip("\n").splitlines())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = cli.run([*command.split(), "--help"])
+    if code:
+        sys.exit(f"fedcanvas {command} --help failed with code {code}")
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip("\n").splitlines())
 
 
 def with_flower_table(pyproject: str) -> str:
