@@ -17,8 +17,10 @@ from shared.privacy import accounting
 from shared.privacy.accounting import (
     EpsilonReport,
     EpsilonTable,
+    Spent,
     analytic_gaussian_epsilon,
     analytic_gaussian_noise_multiplier,
+    composed_epsilon,
     epsilon_curve,
     estimated_epsilon,
     spent_epsilon,
@@ -153,6 +155,19 @@ def test_a_curve_equals_its_single_points_and_a_table_bounds_what_lies_between()
     for steps in range(150):
         table.at(steps)
     assert (time.perf_counter() - start) / 150 < 1e-3
+
+
+def test_a_price_is_the_same_whatever_was_priced_before() -> None:
+    # The distribution of a step is kept: nothing that is composed from it may change it, and each has its own.
+    few = {"sampling_rate": 0.1, "noise_multiplier": 2.0, "delta": 1e-5}
+    first = spent_epsilon(**few, steps=40)
+    others = [spent_epsilon(**few, steps=1), spent_epsilon(**few, steps=400)]
+    others.append(spent_epsilon(**{**few, "noise_multiplier": 2.5}, steps=40))
+    others.append(composed_epsilon([Spent(0.1, 2.0, 40), Spent(0.1, 2.0, 3, 5.0)], delta=1e-5))
+    assert len({first.pld, *(other.pld for other in others)}) == 5
+    assert spent_epsilon(**few, steps=40) == first
+    accounting._pld_of_step.cache_clear()
+    assert spent_epsilon(**few, steps=40) == first
 
 
 def test_the_estimate_of_a_search_is_near_the_bound() -> None:

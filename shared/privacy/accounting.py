@@ -312,9 +312,7 @@ def _pld_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[
     about = _rdp_curve(releases, steps[-1:], delta)[0]
     interval = PLD_INTERVAL * max(0.1, min(1.0, 2 * about), about / 64)
     with np.errstate(all="ignore"):
-        step = pld.from_gaussian_mechanism(
-            releases.noise_multiplier, sampling_prob=releases.sampling_rate, value_discretization_interval=interval
-        )
+        step = _pld_of_step(releases.sampling_rate, releases.noise_multiplier, interval)
         total = pld.identity(value_discretization_interval=interval)
         if releases.mu:
             total = pld.from_gaussian_mechanism(1 / releases.mu, value_discretization_interval=interval)
@@ -327,6 +325,16 @@ def _pld_curve(releases: _Releases, steps: Sequence[int], delta: float) -> list[
             total = total.compose(block)
             epsilons.append(float(total.get_epsilon_for_delta(delta)))
     return epsilons
+
+
+@lru_cache(maxsize=8)  # 1 to 2 seconds to make; a plan asks for it, then its table, its report and its ledger
+def _pld_of_step(sampling_rate: float, noise_multiplier: float, interval: float) -> Any:
+    """A `PrivacyLossDistribution`; nothing changes one, composing makes another."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    return pld.from_gaussian_mechanism(
+        noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=interval
+    )
 
 
 def _composed_pld(parts: Sequence[Spent], delta: float, *, about: float) -> float:
@@ -344,9 +352,7 @@ def _composed_pld(parts: Sequence[Spent], delta: float, *, about: float) -> floa
                     )
                 )
             if part.steps:
-                step = pld.from_gaussian_mechanism(
-                    part.noise_multiplier, sampling_prob=part.sampling_rate, value_discretization_interval=interval
-                )
+                step = _pld_of_step(part.sampling_rate, part.noise_multiplier, interval)
                 total = total.compose(step.self_compose(part.steps))
         return float(total.get_epsilon_for_delta(delta))
 
