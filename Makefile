@@ -9,8 +9,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-# Every test process uses one thread; a file stays in one process, for what its tests share.
-TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
+# Every test process uses one thread; a file stays in one process, for what its tests share, and files begin in the
+# order of tests/conftest.py.
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Flower counts its users over the network and looks for updates by default; nothing here needs either.
 export FLWR_TELEMETRY_ENABLED := 0

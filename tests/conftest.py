@@ -41,6 +41,17 @@ os.environ.update(
 settings.register_profile("fedcanvas", deadline=None, derandomize=True, database=None)
 settings.load_profile("fedcanvas")
 
+# A file stays in one process, for what its tests share: a long one that began last would run alone. The longest first.
+LONGEST = (
+    "test_kills.py", "test_deployed_federation.py", "test_simulate.py", "test_arithmetic.py", "test_page.py",
+    "test_engines.py", "test_hospital_network.py", "test_rounds.py", "test_evaluate.py", "test_planner.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
