@@ -78,7 +78,9 @@ def exact_norms(discriminator: nn.Module, features: Tensor, conditioning: Tensor
     return torch.stack(norms)
 
 
-@pytest.mark.parametrize("wobble", [0.0, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize(
+    "wobble", [0.0, 1e-4, 1e-2, *(pytest.param(wobble, marks=pytest.mark.slow) for wobble in (1e-7, 1e-5, 1e-3))]
+)
 def test_no_record_passes_its_clip_by_cancelling_in_its_norm(wobble: float) -> None:
     """The Gram form of a squared norm has mixed signs: alone it may be far below the true one, even negative."""
     torch.manual_seed(1)

@@ -70,6 +70,7 @@ def test_no_adaptive_choice_of_runs_passes_the_lifetime(lifetime: Lifetime, sigm
     assert worst_delta(lifetime, sigmas, 4) <= DELTA
 
 
+@pytest.mark.slow
 def test_the_adversary_of_that_test_would_pass_a_lifetime_without_a_filter() -> None:
     assert worst_delta(LIFETIMES[0], (1.0, 2.0, 4.0), 4, filtered=False) > 10 * DELTA
 
@@ -97,7 +98,8 @@ def test_ten_tenths_are_admitted_and_an_eleventh_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("q", "sigma", "steps", "moments"), [(0.1, 2.0, 100, None), (0.05, 1.1, 300, 12.0), (1.0, 6.0, 3, None)]
+    ("q", "sigma", "steps", "moments"),
+    [(0.1, 2.0, 100, None), pytest.param(0.05, 1.1, 300, 12.0, marks=pytest.mark.slow), (1.0, 6.0, 3, None)],
 )
 def test_a_price_is_what_other_people_s_accountant_says_at_its_delta(
     q: float, sigma: float, steps: int, moments: float | None
@@ -123,6 +125,7 @@ def test_a_run_planned_for_the_whole_lifetime_is_priced_at_its_own_delta() -> No
     assert fits(price, [], Lifetime(4.4, 1e-6))
 
 
+@pytest.mark.slow
 def test_what_is_left_and_the_steps_that_fit_lie_within_the_lifetime() -> None:
     lifetime = Lifetime(8.0, 1e-5)
     plan = plan_of(1.5, q=0.1, steps=160)
@@ -158,6 +161,7 @@ def test_the_renyi_filter_adds_up_divergences_as_rdp_does() -> None:
     assert renyi_budget(8.0, 1e-6, order=order) == pytest.approx(8.0 - (rdp.get_epsilon(1e-6) - rdp._rdp[0]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_renyi_lifetime_admits_more_runs_than_sums_do() -> None:
     plan = plan_of(3.0, q=0.05, steps=200)
     counts = []

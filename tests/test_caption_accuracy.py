@@ -174,7 +174,9 @@ def test_columns_that_are_no_attributes_are_not_measured(attributes: dict[str, l
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", sorted(STRIDES))
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[] if size < 64 else pytest.mark.slow) for size in sorted(STRIDES)]
+)
 def test_every_image_size_and_number_of_channels_is_learned(size: int, channels: int) -> None:
     classifier = measuring_classifier(setting_of(shapes(500, size=size, channels=channels)))
     assert classifier.held_out["background"] > 0.95

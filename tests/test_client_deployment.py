@@ -123,6 +123,7 @@ def test_a_site_that_was_not_started_is_stopped_without_an_error(
     assert "was not started" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_process_imports_from_the_folder_where_it_was_started(tmp_path: Path) -> None:
     (site,) = make_sites(tmp_path / "sites", sizes=(8,), seed=None)  # joined nothing: its worker ends by itself
     joined, _ = joined_site(tmp_path / "joined")

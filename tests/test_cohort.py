@@ -318,6 +318,7 @@ def test_a_site_that_is_silent_for_long_is_asked_again_and_may_answer_either_que
     assert any("site-3 is silent for" in text for text in run.told.messages)
 
 
+@pytest.mark.slow
 def test_a_slow_site_is_asked_again_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.cohort, "SILENT_SECONDS", 0.05)
     monkeypatch.setattr(server.cohort, "MOST_OF_DEADLINE", 0.05)
@@ -359,6 +360,7 @@ def test_what_a_site_owes_is_given_up_when_it_has_been_away_and_it_is_asked_anew
     assert len([node for node, _ in run.grid.asked if node == 3]) == 2
 
 
+@pytest.mark.slow
 def test_what_a_silent_site_owes_is_given_up_later_and_later() -> None:
     run = Rounds(Sites(three(n3=silence), {1, 2, 3}), deadline_seconds=0.2).begun()
     began, asked = time.monotonic(), []

@@ -80,6 +80,7 @@ def test_the_correction_takes_away_what_one_pair_alone_would_claim(runs: dict[st
     ]
 
 
+@pytest.mark.slow
 def test_intervals_that_hold_one_side_fixed_tell_nothing_apart(tmp_path: Path) -> None:
     opened, evaluations = [], []
     for name, value in (("a", 0.2), ("b", 0.8)):

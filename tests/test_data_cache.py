@@ -215,6 +215,7 @@ def test_a_maker_that_is_killed_leaves_no_entry_and_the_next_one_succeeds(tmp_pa
     assert {path.suffix for path in (folder / ".fedcanvas-cache").iterdir()} == {""}
 
 
+@pytest.mark.slow
 def test_two_processes_decode_a_data_set_once(tmp_path: Path) -> None:
     folder = captions_folder(tmp_path / "set", ROWS)
     with start(folder, 0.3) as first:

@@ -852,6 +852,7 @@ def scene(model: Path, operator: Operator, tmp_path: Path, monkeypatch: pytest.M
     return Scene(tmp_path / "federation", model, operator, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_silent_site_holds_nothing_up_for_long_and_is_offered_it_again_later(scene: Scene) -> None:
     scene.says[2] = None
     queued(scene.folder, "next")  # waits for its turn

@@ -285,6 +285,7 @@ def test_the_interval_of_kid_covers_the_truth_at_the_stated_rate() -> None:
     assert enough(count, 100), count
 
 
+@pytest.mark.slow
 def test_the_intervals_of_precision_and_recall_cover_the_truth_for_the_set_that_is_held_fixed() -> None:
     rng = draws(6)
     fixed = rng.standard_normal((150, 2))

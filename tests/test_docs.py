@@ -103,14 +103,19 @@ def privacy_table() -> dict[int, str]:
     return {int(number): tests for number, tests in rows}
 
 
+@cache
+def functions(file: str) -> set[str]:
+    """Of a file of tests."""
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_privacy_rule_of_this_release_names_tests_that_exist(rule: int) -> None:
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", privacy_table().get(rule, ""))
     assert named, f"rule {rule} names no test"
     for file, test in named:
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert test in functions, f"{file}::{test}"
+        assert test in functions(file), f"{file}::{test}"
 
 
 def test_the_mutations_page_names_tests_that_exist() -> None:
@@ -118,8 +123,7 @@ def test_the_mutations_page_names_tests_that_exist() -> None:
     named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", text))
     assert len(named) > 40
     for file, test in sorted(named):
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-        assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+        assert test in functions(file), f"{file}::{test}"
 
 
 def test_the_reference_epsilons_in_the_privacy_page_are_those_of_its_test() -> None:

@@ -73,6 +73,7 @@ def test_pictures_that_do_not_show_their_prompts_teach_nothing() -> None:
     assert measured.figures[0].floor > 0.9
 
 
+@pytest.mark.slow
 def test_every_attribute_has_a_figure_with_interval_seeds_floor_and_chance() -> None:
     setting = setting_of(shapes(1500), trainings=2)
     measured = Downstream.prepare(setting).measure(as_pictures(shapes(300, seed=9)))
@@ -89,6 +90,7 @@ def test_every_attribute_has_a_figure_with_interval_seeds_floor_and_chance() -> 
     assert sum(sum(row[1:]) for row in confusion.rows) == len(setting.public.test)
 
 
+@pytest.mark.slow
 def test_classes_that_no_picture_shows_are_named_and_told_wrong() -> None:
     red_and_blue = [kind for kind in PLAIN if kind.colour in ("red", "blue")]
     setting = setting_of(shapes(1500), trainings=1)
@@ -106,6 +108,7 @@ def test_prompts_that_ask_for_one_thing_or_nothing_known_are_refused() -> None:
             metric.measure(Pictures(images, [prompt] * 20))
 
 
+@pytest.mark.slow
 def test_what_real_pictures_get_is_measured_once_and_kept(tmp_path: Path) -> None:
     told: list[str] = []
     probe = as_pictures(shapes(100, seed=9))
@@ -116,6 +119,7 @@ def test_what_real_pictures_get_is_measured_once_and_kept(tmp_path: Path) -> Non
     assert found.figures[0].floor is not None
 
 
+@pytest.mark.slow
 def test_chance_is_what_telling_the_commonest_gets() -> None:
     setting = setting_of(shapes(600), trainings=1)
     columns = setting.public.test.attributes
@@ -126,6 +130,7 @@ def test_chance_is_what_telling_the_commonest_gets() -> None:
     assert figures["cnn accuracy"].chance == pytest.approx(max(pairs.count(pair) for pair in pairs) / len(pairs))
 
 
+@pytest.mark.slow
 def test_where_real_pictures_are_fewer_the_figure_for_as_few_generated_ones_stands_beside() -> None:
     setting = setting_of(shapes(300), trainings=2)
     fit = len(setting.public.fit)
@@ -139,6 +144,7 @@ def test_where_real_pictures_are_fewer_the_figure_for_as_few_generated_ones_stan
             assert more.at_floor_n == less.value
 
 
+@pytest.mark.slow
 def test_a_prompt_that_stands_beside_different_things_is_nobody_s_label() -> None:
     data = shapes(600)
     vague = [("something",) if place % 3 == 0 else captions for place, captions in enumerate(data.captions)]
@@ -150,6 +156,7 @@ def test_a_prompt_that_stands_beside_different_things_is_nobody_s_label() -> Non
     assert any(note.startswith("30 pictures are left out") for note in measured.notes)
 
 
+@pytest.mark.slow
 def test_an_interval_is_never_a_point_nor_beyond_what_an_accuracy_can_be() -> None:
     setting = setting_of(shapes(600), trainings=1)
     for figure in Downstream.prepare(setting).measure(as_pictures(shapes(300, seed=9))).figures:
@@ -169,6 +176,7 @@ def test_the_convnet_for_28_px_is_the_published_one() -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == 34_826
 
 
+@pytest.mark.slow
 def test_a_training_depends_on_its_seed_alone() -> None:
     images, labels = shapes(100).images, {"x": np.arange(100) % 2}
     torch.manual_seed(5)

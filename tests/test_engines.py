@@ -61,7 +61,7 @@ def run(
 def test_sites_side_by_side_give_the_bits_of_one_after_the_other(kernel: str, site_threads: int, tmp_path: Path):
     # Wide enough on 28 px that torch divides the work among the threads it may use.
     base = {
-        "data.image-size": 28, "discriminator.width": 32, "federation.sites": 3, "federation.rounds": 3,
+        "data.image-size": 28, "discriminator.width": 32, "federation.sites": 3,
         "privacy.kernel": kernel, "compute.site-threads": site_threads, "compute.server-threads": 2,
     }  # fmt: skip
     outcomes = []

@@ -137,6 +137,7 @@ def test_the_text_says_the_same_numbers(place: Path, capsys: pytest.CaptureFixtu
     assert "epsilon 1.5 at delta 1e-04, add/remove one example" in text
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_figures_and_another_seed_others(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +152,7 @@ def test_the_same_command_gives_the_same_figures_and_another_seed_others(
     assert first["key"] == again["key"] != other["key"]
 
 
+@pytest.mark.slow
 def test_pictures_of_an_evaluation_that_is_kept_elsewhere_are_on_the_page(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +282,7 @@ def test_fewer_pictures_than_prompts_are_said(place: Path, capsys: pytest.Captur
     assert any("5 pictures are fewer than the model's 12 prompts" in text for text in found["conversions"])
 
 
+@pytest.mark.slow
 def test_how_uneven_public_captions_are_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head, *lines = (folder_of_shapes(place / "even", 500) / "captions.csv").read_text().splitlines()
     shutil.copytree(place / "even", place / "uneven")
@@ -658,6 +661,7 @@ def test_a_charge_above_the_policy_or_of_public_data_is_refused(
 # ---- beside another run
 
 
+@pytest.mark.slow
 def test_two_evaluated_runs_are_compared_and_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_released_run(place / "runs/b", seed=1)
     reference = folder_of_shapes(place / "public", 500)

@@ -343,5 +343,6 @@ def test_numbers_stand_in_the_cells_of_a_small_matrix_only() -> None:
     assert texts == [12, 0]
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_gives_the_same_page(run_path: Path, page: str) -> None:
     assert report_html(RunDirectory.open(run_path)) == page

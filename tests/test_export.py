@@ -210,6 +210,7 @@ def test_other_shapes_of_models_are_exported_too(tmp_path: Path, changes: dict[s
 # ---- what is refused
 
 
+@pytest.mark.slow
 def test_an_altered_model_is_exported_only_unverified_and_says_so_from_then_on(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

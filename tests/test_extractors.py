@@ -56,11 +56,13 @@ def python(code: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_torchvision_and_torch_fidelity_can_be_imported_after_the_operators_were_declared() -> None:
     made = "from shared.torchvision_operators import ensure_importable as e; e(); e();"
     assert python(f"{made} import torchvision, torch_fidelity; e(); print(torch_fidelity.__version__)").strip()
 
 
+@pytest.mark.slow
 def test_operators_that_are_there_are_left_alone() -> None:
     """As with torch for CUDA, where the compiled ones are loaded: declaring them again would raise."""
     code = (
@@ -197,6 +199,7 @@ def test_building_inception_draws_nothing_from_the_callers_generator(weights_fil
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_file(
     weights: dict[str, torch.Tensor], weights_file: Path, tmp_path: Path
 ) -> None:
@@ -278,6 +281,7 @@ def test_weights_that_are_no_numbers_are_refused(weights: dict[str, torch.Tensor
     refused(tmp_path / "weights.pth", r"is damaged: fc\.bias has values that are not finite")
 
 
+@pytest.mark.slow
 def test_only_the_file_with_the_published_digest_is_published(
     weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

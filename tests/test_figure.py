@@ -31,6 +31,7 @@ def test_intervals_of_a_mean_hold_the_truth_as_often_as_they_say() -> None:
     assert FEWEST_HELD <= held < REPEATS
 
 
+@pytest.mark.slow
 def test_intervals_of_values_that_are_no_counts_too() -> None:
     rng = np.random.default_rng(1)
     intervals = [mean_interval(rng.exponential(size=150), seed=seed, count=300) for seed in range(REPEATS)]

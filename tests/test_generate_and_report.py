@@ -256,5 +256,6 @@ def test_the_command_writes_one_file_and_says_where(
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(model: Path, page: str) -> None:
     assert report_html(RunDirectory.open(model)) == page

@@ -679,6 +679,7 @@ def test_before_a_person_approves_nothing_is_read_and_nothing_reserved(site: Pat
     assert len(entries(site, "charge")) == 1
 
 
+@pytest.mark.slow
 def test_new_names_do_not_pile_up_until_somebody_decides(site: Path) -> None:
     set_policy(site, approve_each_run=True)
     assert code_of(site, round_of(run_id="first")) == RefusalCode.APPROVAL

@@ -96,16 +96,19 @@ def modules() -> dict[str, ast.Module]:
     return found
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
+@cache
+def imports(tree: ast.AST) -> tuple[str, ...]:
     """Every module that is imported anywhere; `from a import b` gives `a` and, where it is one of ours, `a.b`."""
+    found: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the layer"
             assert node.module
-            yield node.module
-            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in modules())
+            found += [node.module]
+            found += [name for alias in node.names if (name := f"{node.module}.{alias.name}") in modules()]
+    return tuple(found)
 
 
 def top(name: str) -> str:
@@ -208,6 +211,7 @@ def test_every_file_opens_by_saying_what_it_promises() -> None:
     assert not [name for name, tree in modules().items() if tree.body and not ast.get_docstring(tree)]
 
 
+@cache
 def loaded_after(code: str) -> set[str]:
     """Names of the modules that a fresh process has loaded after `code`."""
     result = subprocess.run(

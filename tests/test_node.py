@@ -91,8 +91,9 @@ def test_a_certificate_that_is_not_trusted_is_not_tried_again(
 @pytest.mark.parametrize(
     ("how", "code", "said"),
     [
-        ("return", 1, "the node's loop has ended"), ("raise RuntimeError('broken')", 1, "RuntimeError: broken"),
-        ("raise SystemExit(200)", 200, ""), ("raise SystemExit", 0, ""),
+        ("return", 1, "the node's loop has ended"), ("raise SystemExit(200)", 200, ""),
+        pytest.param("raise RuntimeError('broken')", 1, "RuntimeError: broken", marks=pytest.mark.slow),
+        pytest.param("raise SystemExit", 0, "", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_node_whose_loop_has_ended_ends_whatever_threads_go_on(how: str, code: int, said: str) -> None:

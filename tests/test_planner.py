@@ -92,6 +92,7 @@ def test_a_warm_start_is_row_0_and_every_local_step_is_charged() -> None:
     assert found.plan.reserved_steps == 840
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_lifetime_is_its_ceiling_less_what_the_run_reserves() -> None:
     found = sampled()
     assert found.left == pytest.approx(10 - 4, abs=0.04)
@@ -224,6 +225,7 @@ def test_a_tenth_less_than_what_is_proposed_does_not_do(name: str) -> None:
     assert codes(outlook(proposal.config.replaced({name: type(value)(0.9 * value)})))
 
 
+@pytest.mark.slow
 def test_a_larger_q_is_proposed_where_it_is_enough() -> None:
     failing = demo().replaced({"privacy.sampling-rate": 0.01, **NO_MOMENTS})
     [better] = better_plans(failing, rate_is_free=False, ceiling=None)

@@ -248,6 +248,7 @@ def test_what_is_no_text_is_a_clear_error(text: str, said: str) -> None:
     assert error.value.hint
 
 
+@pytest.mark.slow
 @given(st.text(max_size=80), st.text(max_size=40))
 def test_any_text_ends_in_a_sentence_of_the_grammar_or_in_a_prompt_error(text: str, reply: str) -> None:
     try:

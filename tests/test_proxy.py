@@ -211,6 +211,7 @@ def raw(proxy: tuple[Path, int, list[str]]) -> ssl.SSLSocket:
     return trusting(folder).wrap_socket(plain, server_hostname="localhost")
 
 
+@pytest.mark.slow
 def test_a_head_that_never_ends_is_dropped(proxy: tuple[Path, int, list[str]]) -> None:
     with raw(proxy) as opened:
         opened.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: localhost\r\n")
@@ -220,6 +221,7 @@ def test_a_head_that_never_ends_is_dropped(proxy: tuple[Path, int, list[str]]) -
         assert time.monotonic() - began < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bytes_a_second", [0, 5])
 def test_a_body_that_stands_still_or_trickles_is_refused_and_reaches_nobody(
     bytes_a_second: int, proxy: tuple[Path, int, list[str]]
@@ -249,7 +251,7 @@ def test_a_body_that_stands_still_or_trickles_is_refused_and_reaches_nobody(
 def test_garbage_is_no_request(garbage: bytes, proxy: tuple[Path, int, list[str]]) -> None:
     with raw(proxy) as opened:
         opened.sendall(garbage)
-        opened.settimeout(10)
+        opened.settimeout(2)  # one of them it lets stand; what would pass has passed by then
         try:
             while opened.recv(4096):
                 pass

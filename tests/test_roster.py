@@ -118,6 +118,7 @@ def superlink(folder: FederationFolder) -> Iterator[None]:
     thread.join(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("superlink")
 def test_a_key_that_flower_took_off_before_costs_its_own_site_and_no_other(folder: FederationFolder) -> None:
     new_site(folder, "a-first")

@@ -135,7 +135,9 @@ def test_evaluation_comes_every_few_rounds_and_after_the_last(site_dirs: list[Pa
 # ---- interruption
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "stop_after", [0, 2, 4, *(pytest.param(later, marks=pytest.mark.slow) for later in (1, 3))]
+)
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(stop_after: int, site_dirs: list[Path], tmp_path: Path):
     config = toy_config({"warm-start.enabled": True, "warm-start.steps": 3})
     undisturbed = run(tmp_path / "a", config, site_dirs)

@@ -509,6 +509,7 @@ def test_clients_that_hang_before_their_request_is_whole_are_let_go(generator: G
         wait_until(lambda: len(service.service.server_state.connections) <= 1)
 
 
+@pytest.mark.slow
 def test_a_client_that_sends_its_head_drop_by_drop_is_let_go_too(generator: Generator) -> None:
     with served(generator, head_seconds=0.5) as service, service.connect() as slow:
         wait_until(lambda: _drips(slow))
@@ -610,6 +611,7 @@ def test_only_files_of_the_pages_folder_are_served_and_only_of_its_kinds(tmp_pat
 # ---- the command
 
 
+@pytest.mark.slow
 def test_openais_own_client_draws_with_the_command(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     key = add_key(path, "alice")
@@ -650,6 +652,7 @@ def test_openais_own_client_draws_with_the_command(model: Path, tmp_path: Path) 
     assert said[-1] == "stopped\n"
 
 
+@pytest.mark.slow
 def test_openais_client_waits_and_tries_again_after_429(held: HeldBack) -> None:
     with served(held, most_units=1) as service, ThreadPoolExecutor(2) as pool:  # type: ignore[arg-type]
         first = pool.submit(service.draw)

@@ -6,6 +6,7 @@ One tiny federation with the production functions; the oracles are the files on 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def quicken(patched: pytest.MonkeyPatch) -> None:
+    """The classifier."""
+    patched.setattr("shared.metrics.attributes.LEAST_STEPS", 10)
+    patched.setattr("shared.metrics.attributes.LEAST_PICTURES", 2)
+
+
 @pytest.fixture(autouse=True)
 def _quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.metrics.attributes.LEAST_STEPS", 10)
-    monkeypatch.setattr("shared.metrics.attributes.LEAST_PICTURES", 2)
+    quicken(monkeypatch)
 
 
 def arguments(places: Path, out: Path, *more: str) -> list[str]:
@@ -69,14 +76,12 @@ def arguments(places: Path, out: Path, *more: str) -> list[str]:
 def finished(places: Path) -> tuple[Path, dict[str, Any], str]:
     """(run directory, result as printed, talk) of an undisturbed run."""
     out = places / "runs/a"
-    script = (
-        "import sys; from shared.metrics import attributes as c; c.LEAST_STEPS = 10; c.LEAST_PICTURES = 2\n"
-        "from shared.cli import run; sys.exit(run(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, *arguments(places, out, "--json")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    return out, json.loads(ended.stdout), ended.stderr
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(io.StringIO()) as said, redirect_stderr(
+        io.StringIO()
+    ) as talk:
+        quicken(patched)
+        assert run(arguments(places, out, "--json")) == 0, talk.getvalue()
+    return out, json.loads(said.getvalue()), talk.getvalue()
 
 
 def test_the_result_on_stdout_is_the_one_on_disk(finished: tuple[Path, dict[str, Any], str]) -> None:
@@ -161,6 +166,7 @@ def test_every_simulated_site_has_a_ledger_that_says_the_same(finished: tuple[Pa
         assert about["left"] == pytest.approx(about["lifetime"] - about["reserved"])
 
 
+@pytest.mark.slow
 def test_a_site_whose_ceiling_is_too_low_refuses_and_the_others_go_on(
     places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +194,7 @@ def test_a_ceiling_that_is_none_is_refused(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_removed_is_begun_afresh(places: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert run(arguments(places, tmp_path / "a", "--set", "privacy.name=none", "--rounds", "1")) == 0
@@ -202,6 +209,7 @@ def test_the_run_says_before_it_starts_how_long_it_will_take(finished: tuple[Pat
     assert not any("\r" in line or "\x1b" in line for line in lines)  # plain lines where there is no terminal
 
 
+@pytest.mark.slow
 def test_the_next_commands_that_are_named_work(
     finished: tuple[Path, dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +474,7 @@ def of_people(places: Path) -> Path:
 BY_SUBJECT = ["--set", "privacy.unit=subject", "--set", "privacy.images-per-subject=2"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_unit_is_the_subject_says_so_wherever_it_says_epsilon(
     of_people: Path, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +507,7 @@ def test_a_run_whose_unit_is_the_subject_says_so_wherever_it_says_epsilon(
     assert not people[0] & people[1]
 
 
+@pytest.mark.slow
 def test_subjects_are_counted_where_they_are_the_unit(
     of_people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

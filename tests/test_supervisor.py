@@ -117,6 +117,7 @@ def test_one_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.
     assert not alive(pids["deaf"])
 
 
+@pytest.mark.slow
 def test_one_that_ends_at_once_is_tried_again_ever_more_rarely(tmp_path: Path) -> None:
     made = Kept(tmp_path, sleeper("other"), Program("quick", ["false"], restart_seconds=0.1))
     eventually(lambda: made.about["quick"]["starts"] >= 4)
@@ -284,6 +285,7 @@ def test_what_does_not_come_about_in_time_is_no_error(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(made.pid, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_detached_process_is_ended_by_who_started_it_and_no_other_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_any_text_is_a_unit_row_of_its_own(texts: list[str], dim: int) -> None:
         assert torch.equal(encoder.encode([text])[0], row)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_tells_sizes_apart_and_another_process_agrees() -> None:
     code = (
         "from shared.text import HashingEncoder as H; e = H(24);"

@@ -191,6 +191,7 @@ def test_a_message_of_another_version_s_bundle_is_refused_as_of_another_release(
     assert kinds(site) == ["opened", "run", "charge", "commit"]
 
 
+@pytest.mark.slow
 def test_a_message_whose_content_never_comes_is_left_for_the_next_one() -> None:
     """What Flower's node leaves behind when a run is stopped while it receives a message of it."""
 
