@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import AsJson, new_app, printable, say
+from shared.cli import AsJson, LanguageModelPlace, new_app, printable, say
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,14 +31,7 @@ def describe(
             show_default=False,
         ),
     ] = ...,  # type: ignore[assignment]
-    language_model: Annotated[
-        str,
-        typer.Option(
-            metavar="ID_OR_FOLDER",
-            help="A causal language model of transformers that writes the description.  [default: rules do]",
-            show_default=False,
-        ),
-    ] = "",
+    language_model: LanguageModelPlace = "",
     previous: Annotated[
         list[str] | None,
         typer.Option(help="What was said before; TEXT may change it. Again for a longer talk.", show_default=False),

@@ -9,6 +9,7 @@ nothing that comes with a model runs as code. Not here: which sentences there ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class LanguageModel:
     """Build it with `load`.
 
     Attributes:
-        name: id or folder, as given.
+        name: its id, or its folder's own name: where that lies is nobody else's business.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
@@ -59,7 +60,8 @@ class LanguageModel:
                 hint="name a causal language model, saved whole by save_pretrained",
             )
         check_vocabulary(model, tokenizer, place)
-        return cls(model, tokenizer, name=place)
+        folder = Path(place)
+        return cls(model, tokenizer, name=folder.resolve().name if folder.is_dir() else place)
 
     @torch.no_grad()
     def write(self, request: str, *, sentences: Sequence[str], examples: Sequence[tuple[str, str]]) -> str:

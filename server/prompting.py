@@ -34,6 +34,7 @@ STAGES = ("unicode", "language", "keywords", "topic", "description")
 RULES, AS_WRITTEN = "rules", "as written"
 SHOWN = 12  # entries of a list within a note
 EXAMPLES = 6  # public prompts that a language model sees
+LOOKED_UP = 16  # words of a text that `unknown_words` looks at
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,16 @@ class PromptPipeline:
         done.append(Stage("description", f"{before} + {cleaned}" if change else cleaned, described, note))
         keeps = change and not another
         return Description(text, cleaned, language, keywords, topic, described, writer, unknown, keeps, done)
+
+    def unknown_words(self, text: str) -> dict[str, list[str]]:
+        """`Description.unknown` of the first `LOOKED_UP` words of `text`, at a part of the cost of describing it."""
+        try:
+            cleaned, _ = clean_text(text, known=self._vocabulary.words)
+        except PromptError:
+            return {}  # it has no word
+        cleaned = " ".join(cleaned.split()[:LOOKED_UP])
+        language = find_language([word for word, _ in plain_words(cleaned)], cleaned).code
+        return self._unknown(self._vocabulary.read(cleaned, language), language)
 
     def _base(self, previous: Description) -> Filling:
         """The sentence of `previous`, or the nearest one where it was no sentence of the grammar."""

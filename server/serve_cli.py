@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import LogForm, new_app, say, warn
+from shared.cli import LanguageModelPlace, LogForm, new_app, say, warn
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="A name by which a proxy here is called; several times.", show_default=False),
     ] = None,
+    language_model: LanguageModelPlace = "",
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify; every answer says so.")
     ] = False,
@@ -69,6 +70,7 @@ def serve(
         raise UsageError("missing --model", hint="a released model or a run, such as --model runs/demo")
     _check_installed()
     from server.generator import Generator
+    from server.prompting import PromptPipeline
     from server.serving.app import make_app
     from server.serving.keys import ApiKeys
     from server.serving.listener import listen, raise_file_limit, url
@@ -86,7 +88,8 @@ def serve(
     with listening:
         generator = Generator.load(model, unverified=unverified, recompute=True)
         say(generator.line)
-        app = make_app(generator, settings, keys=keys)
+        pipeline = PromptPipeline(generator.prompts, language_model=language_model or None)
+        app = make_app(generator, settings, keys=keys, pipeline=pipeline)
         log_to_stderr(log_format)
         who = "anybody who can reach it" if keys is None else f"whoever has one of {len(keys)} keys"
         say(f"{generator.name} is served at {url(listening)} for {who}; Ctrl-C ends it")

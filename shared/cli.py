@@ -34,6 +34,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 Foreground = Annotated[
     bool, typer.Option("--foreground", help="Stay, until SIGTERM or Ctrl-C: for systemd and containers.")
 ]
+LanguageModelPlace = Annotated[
+    str,
+    typer.Option(
+        "--language-model", metavar="ID_OR_FOLDER", show_default=False,
+        help="A causal language model of transformers that writes descriptions.  [default: rules do]",
+    ),
+]
 LogForm = Annotated[Literal["text", "json"], typer.Option("--log-format", help="Of a line of the logs.")]
 
 

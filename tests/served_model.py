@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 
 from server.generator import Generator
+from server.prompting import PromptPipeline
 from server.serving.app import Studio, make_app
 from server.serving.keys import ApiKeys
 from server.serving.listener import listen
@@ -34,9 +35,11 @@ class Served:
         client: waits long, and tries nothing again.
     """
 
-    def __init__(self, generator: Generator, keys: ApiKeys | None = None, **settings: Any) -> None:
+    def __init__(
+        self, generator: Generator, keys: ApiKeys | None = None, pipeline: PromptPipeline | None = None, **settings: Any
+    ) -> None:
         limits = ServingSettings(**settings)
-        app = make_app(generator, limits, keys=keys)
+        app = make_app(generator, limits, keys=keys, pipeline=pipeline)
         self.studio: Studio = app.state.studio
         self._listening = listen("127.0.0.1", 0)
         self.port: int = self._listening.getsockname()[1]
@@ -66,8 +69,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(generator: Generator, keys: ApiKeys | None = None, **settings: Any) -> Iterator[Served]:
-    service = Served(generator, keys, **settings)
+def served(
+    generator: Generator, keys: ApiKeys | None = None, pipeline: PromptPipeline | None = None, **settings: Any
+) -> Iterator[Served]:  # fmt: skip
+    service = Served(generator, keys, pipeline, **settings)
     try:
         yield service
     finally:

@@ -14,8 +14,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from released_run import make_released_run
 from served_model import HeldBack, Served, command, served, wait_until
 from test_generate_and_report import PROMPTS, make_run
 
 from server.generator import Generator
+from server.prompting import PromptPipeline
 from server.serving.batching import Batcher
 from server.serving.errors import ApiError
 from server.serving.gallery import Gallery
@@ -162,8 +165,15 @@ def test_a_size_that_the_model_does_not_draw_is_refused_or_scaled_when_asked(ser
         ({"prompt": None}, "prompt"), ({"n": 0}, "n"), ({"n": 11}, "n"), ({"n": "3"}, "n"), ({"n": True}, "n"),
         ({"n": 1.5}, "n"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"), ({"seed": 10**400}, "seed"),
         ({"truncation": 1.5}, "truncation"), ({"truncation": -0.1}, "truncation"), ({"size": "big"}, "size"),
-        ({"size": "0x0"}, "size"), ({"response_format": "gif"}, "response_format"), ({"describe": True}, "describe"),
+        ({"size": "0x0"}, "size"), ({"response_format": "gif"}, "response_format"), ({"describe": "yes"}, "describe"),
         ({"stream": True}, "stream"), ({"style": "vivid"}, "style"), ({"output_format": "webp"}, "output_format"),
+        ({"describe": True, "prompt": "?!"}, "prompt"), ({"describe": True, "prompt": "a\0b"}, "prompt"),
+        ({"describe": True, "prompt": "x" * 513}, "prompt"), ({"previous": ["a"]}, "previous"),
+        ({"describe": True, "previous": "a"}, "previous"), ({"describe": True, "previous": ["a"] * 9}, "previous"),
+        ({"describe": True, "previous": [""]}, "previous.0"), ({"describe": True, "previous": ["?"]}, "previous"),
+        ({"describe": True, "previous": ["x" * 513]}, "previous.0"),
+        ({"describe": True, "previous": [7]}, "previous.0"), ({"describe": True, "previous_seed": 1}, "previous_seed"),
+        ({"describe": True, "previous": ["a"], "previous_seed": 2**63}, "previous_seed"),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_is_named(service: Served, fields: dict[str, Any], param: str) -> None:
@@ -227,6 +237,127 @@ def test_a_prompt_that_cannot_be_encoded_fails_alone(held: HeldBack, monkeypatch
         assert "bug" not in about["message"]
         assert len(pictures(first.result())) == 1
         wait_until(lambda: service.studio.load.units == 0)
+
+
+# ---- in the model's own words
+
+SHAPES = [
+    f"a {size} {colour} {shape} on a {ground} background" for size in ("small", "large")
+    for colour in ("red", "green", "blue") for shape in ("circle", "star") for ground in ("white", "black")
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    return Generator.load(make_released_run(tmp_path_factory.mktemp("runs") / "shapes", prompts=SHAPES))
+
+
+@pytest.fixture(scope="module")
+def drawer(shapes: Generator) -> Iterator[Served]:
+    with served(shapes) as service:
+        yield service
+
+
+def test_a_prompt_is_said_in_the_models_words_and_that_is_drawn(drawer: Served, shapes: Generator) -> None:
+    answer = drawer.draw(prompt="kids party,\nblue theme \u200f", describe=True, n=2, seed=3)
+    sentence = "a small blue circle on a white background"
+    for index, (made, picture) in enumerate(zip(answer.json()["data"], pictures(answer), strict=True)):
+        assert made["revised_prompt"] == sentence
+        expected = shapes.generate([sentence], n=2, seed=3)[index]
+        assert np.array_equal(np.asarray(picture), expected.array)
+        assert picture.text == expected.about  # type: ignore[attr-defined]
+    about = answer.json()["fedcanvas"]
+    assert (about["prompt"], about["trained_on_prompt"]) == (sentence, True)
+    assert about["description"] == PromptPipeline(SHAPES).describe("kids party,\nblue theme \u200f").to_dict()
+    assert list(about["unknown_words"]) == ["kids", "party", "theme"]
+
+
+def test_without_describe_a_prompt_is_drawn_as_it_is_and_words_that_are_unknown_are_named(drawer: Served) -> None:
+    answer = drawer.draw(prompt="a small crimson circle beside a unicorn")
+    about = answer.json()["fedcanvas"]
+    assert about["prompt"] == pictures(answer)[0].text["prompt"] == "a small crimson circle beside a unicorn"  # type: ignore[attr-defined]
+    assert about["unknown_words"]["crimson"] == ["red"]
+    assert about["unknown_words"]["unicorn"] == []
+    assert "description" not in about
+    assert "revised_prompt" not in answer.json()["data"][0]
+    # Every word of it was trained on, though not the sentence.
+    assert drawer.draw(prompt="circle, red").json()["fedcanvas"]["unknown_words"] == {}
+    assert drawer.draw(prompt="!!!").json()["fedcanvas"]["unknown_words"] == {}
+
+
+def test_a_conversation_changes_the_description_and_keeps_the_latents(drawer: Served) -> None:
+    said: list[str] = []
+    seeds, drawn = [], []
+    for text in ("a red star on black", "the same but larger", "now in green", "another one"):
+        fields = {"previous": said, "previous_seed": seeds[-1]} if said else {}
+        answer = drawer.draw(prompt=text, describe=True, **fields).json()
+        drawn.append(answer["fedcanvas"]["prompt"])
+        seeds.append(answer["data"][0]["seed"])
+        said.append(text)
+    green = "a large green star on a black background"
+    assert drawn == [
+        "a small red star on a black background", "a large red star on a black background", green, green,
+    ]  # fmt: skip
+    assert seeds[0] == seeds[1] == seeds[2] != seeds[3]
+    # What was drawn says as much as all that was said before it.
+    short = drawer.draw(prompt="smaller", describe=True, previous=[drawn[2]], previous_seed=2**63 - 1).json()
+    assert short["fedcanvas"]["prompt"] == "a small green star on a black background"
+    assert short["data"][0]["seed"] == 2**63 - 1
+    both = drawer.draw(prompt="smaller", describe=True, previous=[drawn[2]], previous_seed=1, seed=2).json()
+    assert both["data"][0]["seed"] == 2  # a seed that was asked for is taken
+
+
+class SlowWriter:
+    """A language model that writes when `let` is set, and counts who is in it at once."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.let, self.asked, self.threads = threading.Event(), threading.Event(), set[int]()
+        self.inside = self.most = self.calls = 0
+
+    def write(self, request: str, *, sentences: Sequence[str], examples: object) -> str:
+        self.inside, self.calls = self.inside + 1, self.calls + 1
+        self.most = max(self.most, self.inside)
+        self.threads.add(threading.get_ident())
+        self.asked.set()
+        assert self.let.wait(60)
+        time.sleep(0.01)
+        self.inside -= 1
+        return sentences[-1]
+
+
+def test_a_language_model_is_asked_by_one_thread_while_the_service_answers_others(shapes: Generator) -> None:
+    pipeline, writer = PromptPipeline(SHAPES), SlowWriter()
+    pipeline._model = writer  # type: ignore[assignment]
+    with served(shapes, pipeline=pipeline) as service, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(service.draw, prompt="a unicorn", describe=True) for _ in range(6)]
+        assert writer.asked.wait(30)
+        assert service.client.get("/health").status_code == 200
+        assert service.draw(prompt="another unicorn").status_code == 200
+        writer.let.set()
+        for done in asked:
+            about = done.result().json()["fedcanvas"]
+            assert about["prompt"] == PromptPipeline(SHAPES).grammar.sentences[-1]
+            assert about["description"]["writer"] == "language model slow"
+    assert (writer.most, writer.calls, len(writer.threads)) == (1, 6, 1)
+
+
+def test_describing_counts_under_the_time_and_is_given_up_with_its_client(shapes: Generator) -> None:
+    pipeline, writer = PromptPipeline(SHAPES), SlowWriter()
+    pipeline._model = writer  # type: ignore[assignment]
+    with served(shapes, pipeline=pipeline, drawing_seconds=1.0) as service:
+        body = json.dumps({"prompt": "a unicorn", "describe": True})
+        with service.connect() as gone:
+            gone.sendall(_request(body))
+            assert writer.asked.wait(30)
+        wait_until(lambda: service.studio.load.units == 0)
+        assert error(service.draw(prompt="a dragon", describe=True, previous=["a unicorn"]), 504)["code"] == "timeout"
+        assert service.studio.load.units == 0
+        writer.let.set()
+        assert service.draw(prompt="a dragon", describe=True).status_code == 200
+        assert service.figure("fedcanvas_given_up_total") == 1
+    assert writer.calls == 2  # nobody waited for what came between
 
 
 # ---- URLs

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Path, Query, Request, Response
@@ -29,8 +29,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from server.generator import Generator, Picture
+from server.prompting import Description, PromptPipeline
 from server.serving.batching import Batcher
 from server.serving.card import brief, model_object
+from server.serving.describing import Describer
 from server.serving.errors import ApiError, of_ours, of_validation
 from server.serving.gallery import Gallery
 from server.serving.guard import ClientLeft, Guard
@@ -42,6 +44,8 @@ from server.serving.request import ImageRequest, Order, order, unknown_model
 from server.serving.settings import ServingSettings
 from shared import __version__
 from shared.errors import FedCanvasError
+
+_Made = TypeVar("_Made")
 
 ENCODERS = 2  # threads that make files of arrays
 MOST_PROMPTS = 1000  # of one answer
@@ -59,16 +63,19 @@ class ErrorAnswer(BaseModel):
 
 
 class ImageAnswer(BaseModel):
-    """One picture: `b64_json` or `url`, and the seed and index that make it again."""
+    """One picture: `b64_json` or `url`, the seed and index that make it again, and with `describe` what was drawn."""
 
     b64_json: str | None = None
     url: str | None = None
+    revised_prompt: str | None = None
     seed: int
     index: int
 
 
 class ImagesAnswer(BaseModel):
-    """`fedcanvas`: the model's digest and epsilon, whether it was trained on the prompt, and a warning if need be."""
+    """`fedcanvas`: the model's digest and epsilon, what was drawn and whether it was trained on that, words that it
+    does not know with the nearest that it does, with `describe` what each stage did, and a warning if need be.
+    """
 
     created: int
     data: list[ImageAnswer]
@@ -124,14 +131,15 @@ class PicturesAnswer(Response):
 
 
 class Studio:
-    """Where orders become files: room, the thread that draws, the threads that encode, the gallery."""
+    """Where orders become files: room, the threads that describe, draw and encode, the gallery."""
 
-    def __init__(self, generator: Generator, settings: ServingSettings) -> None:
+    def __init__(self, generator: Generator, settings: ServingSettings, pipeline: PromptPipeline) -> None:
         self.generator, self.settings = generator, settings
         self.load = Load(settings.most_units)
         self.metrics = Metrics(self.load, model=generator.digest, epsilon=f"{generator.privacy['epsilon_max']:.4g}")
         self.batcher = Batcher(generator, observe=self.metrics.batch)
         self.gallery = Gallery(most_bytes=settings.gallery_bytes, seconds=settings.gallery_seconds)
+        self.describer = Describer(pipeline)
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoding")
         self._known = frozenset(generator.prompts)
 
@@ -140,6 +148,7 @@ class Studio:
 
     def stop(self) -> None:
         self.batcher.stop()
+        self.describer.stop()
         self._encoders.shutdown(cancel_futures=True)
 
     def admit(self, wanted: Order) -> Admission:
@@ -158,10 +167,19 @@ class Studio:
         """
         try:
             async with asyncio.timeout(self.settings.drawing_seconds):
+                described = None
+                if wanted.describe:
+                    described = await self._described(wanted, request)
+                    kept = wanted.previous_seed if described.keeps_latents else None
+                    wanted = replace(
+                        wanted, prompt=described.description, seed=wanted.seed if kept is None else kept
+                    )
+                    request.state.seed = wanted.seed
                 arrays = await self._drawn(wanted, request)
                 admission.drawn()
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._encoders, self._encoded, wanted, arrays, str(request.base_url))
+                base = str(request.base_url)
+                return await loop.run_in_executor(self._encoders, self._encoded, wanted, described, arrays, base)
         except TimeoutError:
             self.metrics.refused.labels("time").inc()
             raise ApiError(
@@ -171,33 +189,40 @@ class Studio:
         except FedCanvasError as error:
             raise of_ours(error) from None
 
+    async def _described(self, wanted: Order, request: Request) -> Description:
+        described = self.describer.describe(wanted.prompt, previous=wanted.previous)
+        return await _unless_left(request, asyncio.ensure_future(described))
+
     async def _drawn(self, wanted: Order, request: Request) -> list[np.ndarray]:
         asked = self.batcher.submit(wanted.prompt, n=wanted.n, seed=wanted.seed, truncation=wanted.truncation)
-        drawn, gone = asyncio.wrap_future(asked), asyncio.ensure_future(_left(request))
-        either: set[asyncio.Future[Any]] = {drawn, gone}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not drawn.done():
-                raise ClientLeft
-            return drawn.result()
-        finally:
-            drawn.cancel()
-            gone.cancel()
+        return await _unless_left(request, asyncio.wrap_future(asked))
 
-    def _encoded(self, wanted: Order, arrays: list[np.ndarray], base: str) -> bytes:
+    def _encoded(
+        self, wanted: Order, described: Description | None, arrays: list[np.ndarray], base: str
+    ) -> bytes:  # fmt: skip
         files = [self._file(wanted, index, array) for index, array in enumerate(arrays)]
         if wanted.as_url:
             fields = [{"url": f"{base}v1/images/files/{self.gallery.keep(file)}.png"} for file in files]
         else:
             fields = [{"b64_json": base64.b64encode(file).decode()} for file in files]
-        data = [{**field, "seed": wanted.seed, "index": index} for index, field in enumerate(fields)]
+        revised = {} if described is None else {"revised_prompt": wanted.prompt}
+        data = [{**field, **revised, "seed": wanted.seed, "index": index} for index, field in enumerate(fields)]
+        trained = wanted.prompt in self._known
         about = {
-            "model": self.generator.digest, "trained_on_prompt": wanted.prompt in self._known, **brief(self.generator),
+            "model": self.generator.digest, "prompt": wanted.prompt, "trained_on_prompt": trained,
+            "unknown_words": self._unknown(wanted, described), **brief(self.generator),
         }  # fmt: skip
+        if described is not None:
+            about["description"] = described.to_dict()
         size = f"{wanted.side}x{wanted.side}"
         return json.dumps(
             {"created": int(time.time()), "data": data, "size": size, "output_format": "png", "fedcanvas": about}
         ).encode()
+
+    def _unknown(self, wanted: Order, described: Description | None) -> dict[str, list[str]]:
+        if described is not None:
+            return described.unknown
+        return {} if wanted.prompt in self._known else self.describer.pipeline.unknown_words(wanted.prompt)
 
     def _file(self, wanted: Order, index: int, array: np.ndarray) -> bytes:
         about = self.generator.about(wanted.prompt, seed=wanted.seed, index=index, truncation=wanted.truncation)
@@ -211,14 +236,18 @@ class Studio:
         return picture.png()
 
 
-def make_app(generator: Generator, settings: ServingSettings | None = None, *, keys: ApiKeys | None = None) -> FastAPI:
+def make_app(
+    generator: Generator, settings: ServingSettings | None = None, *, keys: ApiKeys | None = None,
+    pipeline: PromptPipeline | None = None,
+) -> FastAPI:  # fmt: skip
     """The application; its lifespan starts and ends the thread that draws.
 
     Args:
         keys: who may call it; `None` for anybody who can reach it.
+        pipeline: what describes prompts; `None` for rules.
     """
     settings = settings or ServingSettings()
-    studio = Studio(generator, settings)
+    studio = Studio(generator, settings, pipeline or PromptPipeline(generator.prompts))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -337,6 +366,20 @@ def _file(files: dict[str, PageFile], name: str) -> Response:
     if found is None:
         raise ApiError(404, "there is no such page; the API is described at /openapi.json")
     return Response(found.content, headers={"content-type": found.kind, "cache-control": "no-cache"})
+
+
+async def _unless_left(request: Request, made: asyncio.Future[_Made]) -> _Made:
+    """What `made` gives. Raises `ClientLeft` where whoever asked is gone before; `made` is then cancelled."""
+    gone = asyncio.ensure_future(_left(request))
+    either: set[asyncio.Future[Any]] = {made, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not made.done():
+            raise ClientLeft
+        return made.result()
+    finally:
+        made.cancel()
+        gone.cancel()
 
 
 async def _left(request: Request) -> None:

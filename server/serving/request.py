@@ -1,7 +1,7 @@
 """What `POST /v1/images/generations` takes: OpenAI's fields that mean something here, and ours.
 
-Ours are `seed`, `truncation` and `resize`; `describe` is reserved. Fields that this model cannot honour are refused
-rather than ignored. Not here: whether the service has room for it (`server.serving.load`).
+Ours are `seed`, `truncation`, `resize`, `describe`, `previous` and `previous_seed`. Fields that this model cannot
+honour are refused rather than ignored. Not here: whether the service has room for it (`server.serving.load`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ MOST_PICTURES = 10  # of one request, as at OpenAI
 MOST_SIDE = 1024  # that a picture is resized to
 MOST_PIXELS = 4 * MOST_SIDE**2  # of a request's pictures together
 UNIT_PIXELS = 256**2
+MOST_PREVIOUS = 8  # texts of a conversation: each is described again
 CHOSEN_SEEDS = 2**32  # a seed that a person can type again, and that JavaScript reads exactly
 
 
 class ImageRequest(BaseModel):
-    """Fields beyond OpenAI's: seed, truncation, resize, describe."""
+    """Fields beyond OpenAI's: seed, truncation, resize, describe, previous, previous_seed."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -49,7 +50,20 @@ class ImageRequest(BaseModel):
     resize: Annotated[
         bool | None, Field(description="Scale the pictures to a size that the model does not draw.")
     ] = None
-    describe: Annotated[bool | None, Field(description="Reserved: true is refused for now.")] = None
+    describe: Annotated[
+        bool | None, Field(description="Say the prompt in the model's own words first, and draw that.")
+    ] = None
+    previous: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]] | None,
+        Field(max_length=MOST_PREVIOUS, description="With describe: what was said before, which the prompt may alter."),
+    ] = None
+    previous_seed: Annotated[
+        int | None,
+        Field(
+            ge=0, le=MOST_SEED,
+            description="With previous: that of the pictures before; taken without seed, where their latents stay.",
+        ),
+    ] = None
     user: Annotated[str | None, Field(max_length=256, description="Taken and not used.")] = None
     output_format: Literal["png"] | None = None
     quality: Literal["auto", "standard"] | None = None
@@ -62,7 +76,9 @@ class Order:
     """A request that was checked, every choice made.
 
     Attributes:
+        prompt: what is drawn, or with `describe` what is described first.
         side: in pixels, that the pictures are sent at.
+        previous_seed: in place of `seed`, where a description keeps the latents of before.
     """
 
     prompt: str
@@ -71,6 +87,9 @@ class Order:
     seed: int
     truncation: float
     as_url: bool
+    describe: bool = False
+    previous: tuple[str, ...] = ()
+    previous_seed: int | None = None
 
     @property
     def units(self) -> int:
@@ -86,13 +105,16 @@ def order(asked: ImageRequest, *, size: int, names: tuple[str, ...]) -> Order:
         ApiError: a field asks for what cannot be had; the message says what can.
     """
     try:
-        prompt = clean_prompt(asked.prompt)
+        # What is described may have several lines and whatever else its first stage removes.
+        prompt = asked.prompt if asked.describe else clean_prompt(asked.prompt)
     except PromptError as error:
         raise of_ours(error, param="prompt") from None
     if asked.model is not None and asked.model not in names:
         raise unknown_model(names[0])
-    if asked.describe:
-        raise _unsupported("describe", "describe is reserved and not offered yet; leave it out")
+    if asked.previous and not asked.describe:
+        raise _unsupported("previous", 'previous needs "describe": true; without it nothing is changed')
+    if asked.previous_seed is not None and not asked.previous:
+        raise _unsupported("previous_seed", "previous_seed needs previous; without it say seed")
     if asked.stream:
         raise _unsupported("stream", "pictures are not streamed; leave stream out")
     n = asked.n or 1
@@ -108,6 +130,8 @@ def order(asked: ImageRequest, *, size: int, names: tuple[str, ...]) -> Order:
         seed=secrets.randbelow(CHOSEN_SEEDS) if asked.seed is None else asked.seed,
         truncation=1.0 if asked.truncation is None else float(asked.truncation),
         as_url=asked.response_format == "url",
+        describe=bool(asked.describe), previous=tuple(asked.previous or ()),
+        previous_seed=asked.previous_seed if asked.seed is None else None,
     )  # fmt: skip
 
 
