@@ -185,6 +185,82 @@ def test_the_same_seed_gives_the_same_pictures_as_the_command_line_and_another_g
     assert here.pictures(4) == kept
 
 
+def test_words_of_a_person_become_the_models_and_what_was_made_of_them_is_seen(visit: Callable[..., Visit]) -> None:
+    page = (here := visit()).ready()
+    page.locator("#prompt").fill("kids party, BLUE theme, crimsom, crimson")
+    page.keyboard.press("Enter")
+    sentence = "a small blue circle"
+    expect(page.locator("#shown-title")).to_have_text(sentence)
+    said = page.get_by_role("status").filter(has_text="Made of")
+    expect(said).to_contain_text("kids party, BLUE theme")
+    expect(said).to_contain_text("olour blue")
+    picture = Image.open(io.BytesIO(here.pictures(4)[0]))
+    assert picture.text["prompt"] == sentence  # type: ignore[attr-defined]
+    unknown = page.get_by_role("group", name="Words that it does not know:")
+    expect(unknown.get_by_role("listitem")).to_have_text(
+        ["kids", "party", "theme", re.compile("^crimsom"), re.compile("^crimsonnearest: red$")]
+    )
+    stages = page.locator("#stages")
+    expect(stages.get_by_role("listitem")).to_have_count(0)  # folded
+    page.get_by_text("How your words were read").click()
+    expect(stages.get_by_role("listitem")).to_have_count(5)
+    expect(stages.get_by_role("listitem").nth(4)).to_contain_text(f"description: {sentence}")
+
+
+def test_a_nearest_known_word_is_taken_by_a_key_and_drawn(visit: Callable[..., Visit]) -> None:
+    page = visit().ready()
+    page.get_by_label("Say it in the model's words first").uncheck()
+    page.locator("#prompt").fill("a small Crimson star (crimsons)")
+    page.keyboard.press("Enter")
+    expect(page.locator("#shown-title")).to_have_text("a small Crimson star (crimsons)")
+    page.get_by_role("button", name="Draw with red in place of crimson", exact=True).press("Enter")
+    expect(page.locator("#shown-title")).to_have_text("a small red star (crimsons)")
+    expect(page.locator("#prompt")).to_have_value("a small red star (crimsons)")
+    expect(page.locator("#draw")).to_be_focused()
+
+
+def test_words_of_which_the_model_knows_none_are_said_to_have_made_nothing(visit: Callable[..., Visit]) -> None:
+    page = visit().ready()
+    page.locator("#prompt").fill("qwertz")
+    page.keyboard.press("Enter")
+    expect(page.locator("#made-said")).to_contain_text("It knows none of the words of “qwertz”")
+    expect(page.locator("#made-said")).to_contain_text("says nothing of what you asked")
+
+
+def test_pictures_are_changed_by_what_is_said_next(visit: Callable[..., Visit], generator: Generator) -> None:
+    page = (here := visit()).ready()
+    page.locator("#prompt").fill("a small red star")
+    page.get_by_role("textbox", name="Seed").fill("9223372036854775807")
+    page.get_by_role("radio", name="1", exact=True).check()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    here.pictures(1)
+    box = page.get_by_role("textbox", name="Change what is shown")
+    box.fill("now in green")
+    box.press("Enter")
+    expect(page.locator("#shown-title")).to_have_text("a small green star")
+    expected = generator.generate(["a small green star"], n=1, seed=2**63 - 1)[0].png()
+    assert here.pictures(1) == [expected]  # the same latents, to the last digit of the seed
+    expect(page.locator("#made-said")).to_contain_text("“now in green” and “a small red star”")
+    expect(page.locator("#prompt")).to_have_value("a small green star")
+    expect(box).to_be_focused()
+    expect(box).to_have_value("")
+    page.keyboard.type("the same but larger")
+    page.keyboard.press("Enter")
+    expect(page.locator("#shown-title")).to_have_text("a large green star")
+    expect(page.locator("#shown-about")).to_contain_text("seed 9223372036854775807.")
+    page.keyboard.type("another one")
+    page.keyboard.press("Enter")
+    expect(page.locator("#shown-about")).not_to_contain_text("seed 9223372036854775807.")
+    expect(page.locator("#shown-title")).to_have_text("a large green star")
+    page.keyboard.press("Enter")
+    expect(page.locator("#change-error")).to_contain_text("Say what shall be different")
+    page.keyboard.type("???")
+    page.keyboard.press("Enter")
+    expect(page.locator("#change-error")).to_contain_text("has no word")
+    expect(box).to_be_focused()
+    here.complaints.clear()  # of the console, about the answer 400
+
+
 def test_what_is_typed_is_completed_from_the_models_prompts_by_keyboard(
     visit: Callable[..., Visit], generator: Generator
 ) -> None:
@@ -267,7 +343,8 @@ def test_the_gallery_shows_again_what_was_drawn_also_after_a_reload_and_can_be_e
     page.get_by_role("button", name="Draw", exact=True).click()
     (first,) = here.pictures(1)
     page.locator("#prompt").fill("something else entirely")
-    page.keyboard.press("Enter")
+    page.get_by_label("Say it in the model's words first").uncheck()
+    page.get_by_role("button", name="Draw", exact=True).click()
     expect(page.locator("#shown-about")).to_contain_text("never trained on these words")
     assert here.pictures(1) != [first]
     page.reload()
@@ -292,13 +369,14 @@ def test_by_keyboard_alone_everything_is_reached_in_order_and_seen(visit: Callab
         page.keyboard.press("Tab")
         about = page.evaluate(
             "(() => { const e = document.activeElement, s = getComputedStyle(e.matches('[type=radio]')"
-            " ? e.nextElementSibling : e); return [e.id || e.textContent.trim(), s.outlineStyle, s.outlineWidth]; })()"
+            " ? e.nextElementSibling : e);"
+            " return [e.id || e.ariaLabel || e.textContent.trim(), s.outlineStyle, s.outlineWidth]; })()"
         )
         if about[0] in reached or about[0] == "":
             break
         assert about[1:] != ["none", "0px"], f"{about[0]}: focus is not seen"
         reached.append(about[0])
-    order = ["n4", "seed", "variety", "keep", "smooth", "↓Download"]
+    order = ["describe", "n4", "seed", "variety", "keep", "smooth", "Download picture 4", "change"]
     assert [name for name in reached if name in order] == order
 
 
@@ -312,7 +390,7 @@ def test_what_is_wrong_is_said_at_the_field_in_words_with_what_to_do(visit: Call
     expect(page.locator("#prompt-error")).to_contain_text("choose one of the examples")
     page.locator("#prompt").fill("a red star")
     expect(box).not_to_have_attribute("aria-invalid", "true")
-    for bad in ("-1", "1.5", "seven", "99999999999999999"):
+    for bad in ("-1", "1.5", "seven", str(2**63)):
         page.get_by_role("textbox", name="Seed").evaluate("(field, text) => { field.value = text; }", bad)
         page.get_by_role("button", name="Draw", exact=True).click()
         expect(page.locator("#seed-error")).to_contain_text("whole number")
@@ -439,6 +517,10 @@ def test_every_part_has_a_name_and_every_text_is_readable_in_both_themes_at_both
     for drawn, button in enumerate(buttons, 1):
         button.click()
         expect(page.locator("#gallery button")).to_have_count(drawn)
+    page.locator("#prompt").fill("kids party, crimson theme")
+    page.keyboard.press("Enter")
+    expect(page.locator("#gallery button")).to_have_count(4)
+    page.get_by_text("How your words were read").click()
     here.pictures(4)
     page.locator("#draw").focus()
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
@@ -451,9 +533,11 @@ def test_every_part_has_a_name_and_every_text_is_readable_in_both_themes_at_both
     assert len(contrasts) > 20
     assert [entry for entry in contrasts if entry[0] < 4.5] == []
     if folder := os.environ.get("FEDCANVAS_PAGE_IMAGES"):
+        page.get_by_text("How your words were read").click()
         if size is PHONE:
             page.get_by_text("Number, seed and variety").click()
         page.mouse.move(0, 0)
+        page.evaluate("scrollTo(0, 0)")
         taken = Image.open(io.BytesIO(page.screenshot(full_page=size is PHONE)))
         name = f"page-phone-{theme}" if size is PHONE else f"page-{theme}"
         # A palette makes it a third as long, and nobody sees it.

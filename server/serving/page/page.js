@@ -10,16 +10,20 @@ const PAUSE_MS = 150; // in typing, before it is
 const MOST_SETS = 60; // of the gallery; the oldest go first
 const EXAMPLES = 4;
 const SLOW_MS = 1000; // after which drawing can be stopped
+const MOST_SEED = 2n ** 63n - 1n;
 const KEY = "fedcanvas-key";
 const GALLERY = "fedcanvas-gallery";
 
 const at = (id) => document.getElementById(id);
 const prompt = at("prompt"), seed = at("seed"), variety = at("variety"), offers = at("offers"), grid = at("grid");
+const changed = at("change");
 
 let model = null; // what the service says of its model
 let prompts = []; // those that are known here
 let total = 0; // of prompts that the service has
-let sets = []; // drawn in this session: {prompt, seed, truncation, trained, pictures: [base64]}, newest first
+// Drawn in this session, newest first: {asked, prompt, seed, truncation, trained, unknown, said, stages, before, model,
+// pictures: [base64]}. `prompt` is what was drawn, `seed` its digits, `before` the set that it is a change of.
+let sets = [];
 let shown = null; // the one of them that is in the grid
 let drawing = null; // AbortController of the request under way
 let key = null; // of the API, where it asks for one
@@ -33,6 +37,12 @@ class Refusal extends Error {
   }
 }
 
+/** JSON text of `fields`, and of whole numbers as digits, which may have more of them than a number here can hold. */
+function inJson(fields, numbers) {
+  const digits = Object.entries(numbers).filter(([, value]) => value !== null).map(([name, value]) => `,"${name}":${value}`);
+  return `${JSON.stringify(fields).slice(0, -1)}${digits.join("")}}`;
+}
+
 /** JSON of an answer. Throws a Refusal whose message says, for people, what happened and what to do. */
 async function ask(path, { body, signal } = {}) {
   const headers = { accept: "application/json" };
@@ -40,7 +50,7 @@ async function ask(path, { body, signal } = {}) {
   if (body) headers["content-type"] = "application/json";
   let answer;
   try {
-    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body, signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refusal(0, "The service does not answer. See that it is running (fedcanvas serve), then try again.");
@@ -239,14 +249,14 @@ offers.addEventListener("click", (event) => {
 
 // ---- drawing
 
+/** Its digits, `null` for a new one each time, or `undefined` where it is none. */
 function checkedSeed() {
   const text = seed.value.trim();
   wrong(seed, "");
   if (text === "") return null;
-  const value = Number(text);
-  if (/^\d+$/.test(text) && Number.isSafeInteger(value)) return value;
+  if (/^\d+$/.test(text) && BigInt(text) <= MOST_SEED) return String(BigInt(text));
   at("more").open = true;
-  wrong(seed, `A seed is a whole number from 0 to ${Number.MAX_SAFE_INTEGER}, or nothing for new pictures each time.`);
+  wrong(seed, `A seed is a whole number from 0 to ${MOST_SEED}, or nothing for new pictures each time.`);
   seed.focus();
   return undefined;
 }
@@ -266,24 +276,51 @@ async function draw() {
   }
   if (!text || chosen === undefined) return;
   const n = Number(document.querySelector('input[name="n"]:checked').value);
-  const body = { prompt: text, n, response_format: "b64_json", truncation: Number(variety.value) };
-  if (chosen !== null) body.seed = chosen;
+  const describe = at("describe").checked && !prompts.includes(text); // its own prompts are in its words
+  await drawn({ prompt: text, n, truncation: Number(variety.value), describe }, { digits: chosen, field: prompt, again: draw });
+}
+
+/** Draws `text` as a change of `before`: as many pictures, and with its latents unless others are asked for. */
+async function change(text, before, n) {
+  if (drawing) return;
+  problem("");
+  wrong(changed, text ? "" : "Say what shall be different.");
+  if (!text) { changed.focus(); return; }
+  const fields = { prompt: text, n, truncation: before.truncation, describe: true, previous: [before.prompt] };
+  if (await drawn(fields, { before, field: changed, again: () => change(text, before, n) })) {
+    changed.value = "";
+    take(shown.prompt);
+  }
+}
+
+/** Asks for pictures and shows them; whether there are any. `field` is where `fields.prompt` was typed. */
+async function drawn(fields, { digits = null, before = null, field, again }) {
   drawing = new AbortController();
   const slow = setTimeout(() => { at("stop").hidden = false; }, SLOW_MS);
-  busy(n, text);
+  busy(fields.n, fields.prompt);
   try {
-    const answer = await ask("v1/images/generations", { body, signal: drawing.signal });
+    const body = inJson({ ...fields, response_format: "b64_json" }, { seed: digits, previous_seed: before && before.seed });
+    const { data, fedcanvas: about } = await ask("v1/images/generations", { body, signal: drawing.signal });
+    const said = about.description;
     const made = {
-      prompt: text, seed: answer.data[0].seed, truncation: body.truncation, trained: answer.fedcanvas.trained_on_prompt,
-      model: answer.fedcanvas.model, pictures: answer.data.map((picture) => picture.b64_json),
+      asked: fields.prompt, prompt: about.prompt, truncation: fields.truncation, trained: about.trained_on_prompt,
+      // A seed that the service chose is short enough to be read exactly; others are known here.
+      seed: digits ?? (before && said.keeps_latents ? before.seed : String(data[0].seed)),
+      unknown: about.unknown_words, nothingKnown: Boolean(said?.keywords.length)
+        && said.keywords.every((word) => about.unknown_words[word]?.length === 0),
+      stages: said?.stages.map(({ name, made, note }) => ({ name, made, note })) ?? [],
+      before: before && { prompt: before.prompt, seed: before.seed, truncation: before.truncation },
+      model: about.model, pictures: data.map((picture) => picture.b64_json),
     };
     sets = [made, ...sets].slice(0, MOST_SETS);
     remember();
     show(made);
     gallery();
     grid.firstElementChild.scrollIntoView({ block: "nearest" }); // on a phone it lies below what was pressed
+    return true;
   } catch (error) {
-    failed(error);
+    failed(error, field, again);
+    return false;
   } finally {
     clearTimeout(slow);
     at("stop").hidden = true;
@@ -298,18 +335,19 @@ function busy(n, text) {
   grid.setAttribute("aria-busy", "true");
   placeholders(n);
   said("Drawing…", text);
-  for (const id of ["keep", "smooth-choice"]) at(id).hidden = true;
+  for (const id of ["keep", "smooth-choice", "made", "made-said"]) at(id).hidden = true;
 }
 
-function failed(error) {
+function failed(error, field, again) {
   if (shown) show(shown);
   else { placeholders(4); said("Nothing was drawn", ""); }
   if (error.name === "AbortError") { problem("Stopped. Press Draw to try again."); return; }
   if (!(error instanceof Refusal)) { problem("This page made an error. Load it again, then try once more."); throw error; }
-  if (error.status === 401) { askForKey(error.message, draw); return; } // it was taken back meanwhile
+  if (error.status === 401) { askForKey(error.message, again); return; } // it was taken back meanwhile
   if (error.param === "prompt" || error.param === "seed") {
-    wrong(at(error.param), error.message);
-    at(error.param).focus();
+    const place = error.param === "seed" ? seed : field;
+    wrong(place, error.message);
+    place.focus();
     return;
   }
   problem(error.message);
@@ -334,16 +372,56 @@ function show(set) {
   shown = set;
   const varied = set.truncation < 1 ? `, variety ${set.truncation}` : "";
   said(set.prompt, `${counted(set.pictures.length, "picture")}, seed ${set.seed}${varied}.`
-    + (set.trained ? "" : " The model was never trained on these words, so the pictures may not fit them."));
+    + (set.trained || set.stages.length ? "" : " The model was never trained on these words, so the pictures may not fit them."));
+  showMade(set);
   grid.dataset.count = set.pictures.length;
   grid.replaceChildren(...set.pictures.map((picture, i) => make("li", {}, make("figure", {},
     make("img", { src: address(picture), alt: alt(set, i) }),
     make("figcaption", {}, make("a", {
       class: "small", href: address(picture), download: fileName(set, i), "aria-label": `Download picture ${i + 1}`,
     }, make("span", { "aria-hidden": "true" }, "↓"), "Download"))))));
-  for (const id of ["keep", "smooth-choice"]) at(id).hidden = false;
+  for (const id of ["keep", "smooth-choice", "change-form"]) at(id).hidden = false;
   kept();
   for (const button of at("gallery").querySelectorAll("button")) mark(button);
+}
+
+/** What was made of a person's words: in a sentence, word by word, and stage by stage. */
+function showMade(set) {
+  const words = Object.entries(set.unknown);
+  const note = set.stages.at(-1)?.note ?? "";
+  at("made-said").hidden = set.stages.length === 0;
+  at("made-said").textContent = set.nothingKnown && !set.before
+    ? `It knows none of the words of \u201c${set.asked}\u201d: this is its first sentence, and says nothing of what you asked.`
+      + " Choose one of the examples, or their words."
+    : `Made of \u201c${set.asked}\u201d${set.before ? ` and \u201c${set.before.prompt}\u201d` : ""}. ${sentence(note)}`;
+  at("made").hidden = words.length === 0 && set.stages.length === 0;
+  at("unknown").hidden = words.length === 0;
+  at("unknown-words").replaceChildren(...words.map(([word, nearest]) => make("li", {}, make("span", { class: "word" }, word),
+    ...(nearest.length ? ["nearest: "] : []),
+    ...nearest.map((near) => {
+      const chip = make("button", { type: "button", class: "chip", "aria-label": `Draw with ${near} in place of ${word}` }, near);
+      chip.addEventListener("click", () => instead(set, word, near));
+      return chip;
+    }))));
+  at("stages").hidden = set.stages.length === 0;
+  at("stage-list").replaceChildren(...set.stages.map(({ name, made, note: about }) => make("li", {},
+    make("span", { class: "word" }, `${name}: `), made || "nothing", make("small", {}, sentence(about)))));
+}
+
+/** Draws what was asked for with a word that the model knows; where that one was written otherwise, it is added. */
+function instead(set, word, near) {
+  if (drawing) return;
+  const plain = word.replace(/[^\p{L}\p{N}]/gu, "\\$&");
+  const whole = new RegExp(`(?<![\\p{L}\\p{N}])${plain}(?![\\p{L}\\p{N}])`, "iu");
+  const text = whole.test(set.asked) ? set.asked.replace(whole, () => near) : `${set.asked}, ${near}`;
+  if (set.before) {
+    changed.focus({ preventScroll: true });
+    change(text, set.before, set.pictures.length);
+    return;
+  }
+  at("draw").focus({ preventScroll: true }); // what was pressed goes
+  take(text);
+  draw();
 }
 
 function kept() {
@@ -352,6 +430,11 @@ function kept() {
 }
 
 at("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
+at("change-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (shown) change(changed.value.trim(), shown, shown.pictures.length);
+});
+changed.addEventListener("input", () => wrong(changed, ""));
 at("stop").addEventListener("click", () => { drawing?.abort(); at("draw").focus(); });
 at("keep").addEventListener("click", () => { seed.value = shown.seed; wrong(seed, ""); at("more").open = true; kept(); at("draw").focus(); });
 at("seed-clear").addEventListener("click", () => { seed.value = ""; wrong(seed, ""); kept(); at("draw").focus(); });
@@ -396,7 +479,7 @@ function remember() {
 
 function recall() {
   try { sets = JSON.parse(stored(GALLERY) ?? "[]"); } catch { sets = []; }
-  sets = sets.filter((set) => set.model === model.digest); // another model would draw others of the same seed
+  sets = sets.filter((set) => set.model === model.digest && set.unknown); // another model would draw others of the same seed
   gallery();
 }
 
