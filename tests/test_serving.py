@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -647,16 +648,89 @@ def test_a_client_that_sends_its_head_drop_by_drop_is_let_go_too(generator: Gene
 
 
 def test_a_client_that_does_not_take_its_answer_is_let_go_and_its_room_freed(generator: Generator) -> None:
-    with served(generator, sending_seconds=0.5) as service:
-        slow = socket.socket()
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects: what the kernel takes for it
-        slow.connect(("127.0.0.1", service.port))
-        body = json.dumps({"prompt": "a", "n": 4, "size": "1024x1024", "resize": True})
-        with slow:
-            slow.sendall(_request(body))
-            wait_until(lambda: service.studio.load.units == 64)
-            assert service.draw().status_code == 200
-            wait_until(lambda: service.studio.load.units == 0)
+    with served(generator, sending_seconds=0.5) as service, _narrow(service) as slow:
+        slow.sendall(_request(json.dumps(LARGE)))
+        wait_until(lambda: service.studio.load.units == 64)
+        assert service.draw().status_code == 200
+        wait_until(lambda: service.studio.load.units == 0)
+
+
+def _narrow(service: Served) -> socket.socket:
+    """A client for which the kernel takes little."""
+    made = socket.socket()
+    made.settimeout(30)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects
+    made.connect(("127.0.0.1", service.port))
+    return made
+
+
+LARGE = {"prompt": "a", "n": 4, "size": "1024x1024", "resize": True, "seed": 1}
+
+
+def test_a_client_that_takes_its_answer_slowly_but_steadily_gets_all_of_it(generator: Generator) -> None:
+    with served(generator, sending_seconds=1.0, least_sending_rate=1000) as service, _narrow(service) as slow:
+        slow.sendall(_request(json.dumps(LARGE), last=True))
+        parts = [slow.recv(1)]
+        begun = time.monotonic()
+        while part := slow.recv(2**15):
+            parts.append(part)
+            if time.monotonic() < begun + 3.0:
+                time.sleep(0.01)  # for three times as long as it may take nothing at all
+        answer = json.loads(b"".join(parts).partition(b"\r\n\r\n")[2])
+        assert answer["data"] == service.client.post("/v1/images/generations", json=LARGE).json()["data"]
+
+
+def test_a_client_that_trickles_is_let_go_though_it_never_stops(generator: Generator) -> None:
+    with served(generator, sending_seconds=0.6, least_sending_rate=2**40) as service, _narrow(service) as slow:
+        slow.sendall(_request(json.dumps(LARGE), last=True))
+        taken = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := slow.recv(2**14):
+                taken += len(part)
+                time.sleep(0.01)
+        assert taken < len(service.client.post("/v1/images/generations", json=LARGE).content)
+        wait_until(lambda: service.studio.load.units == 0)
+
+
+def test_answers_that_nobody_takes_lie_in_memory_in_pieces(tmp_path: Path) -> None:
+    prompts = [f"{i} " + "word " * 99 for i in range(1000)]  # an answer of half a megabyte
+    generator = Generator.load(make_released_run(tmp_path / "long", prompts=[prompt.strip() for prompt in prompts]))
+    asked = b"GET /v1/prompts?limit=1000 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with served(generator) as service, contextlib.ExitStack() as clients:
+        assert len(service.client.get("/v1/prompts", params={"limit": 1000}).content) > 500_000
+        before = _resident()
+        for _ in range(200):
+            clients.enter_context(client := _narrow(service))
+            client.sendall(asked)
+        wait_until(lambda: sum(_begun(connection) for connection in service.service.server_state.connections) >= 200)
+        assert service.client.get("/health").status_code == 200
+        assert _resident() - before < 200 * 200_000  # whole they would be 100 MB
+        # Whoever takes it gets it whole.
+        answer = b""
+        while not answer.endswith(b"0\r\n\r\n"):
+            answer += client.recv(2**16)
+    assert b'"total": 1000}' in answer
+
+
+def _begun(connection: Any) -> bool:
+    return connection.cycle is not None and connection.cycle.response_started
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_pictures_behind_urls_that_nobody_takes_are_bounded_together(generator: Generator) -> None:
+    with served(generator, gallery_bytes=2**20) as service:
+        (one,) = service.draw(**{**LARGE, "n": 1}, response_format="url").json()["data"]
+        size = len(service.client.get(one["url"]).content)
+        path = one["url"].removeprefix(service.url)
+        with contextlib.ExitStack() as clients:
+            for _ in range(2**20 // size):
+                client = clients.enter_context(_narrow(service))
+                client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            wait_until(lambda: service.client.get(path).status_code == 429)
+        wait_until(lambda: service.client.get(path).status_code == 200)
 
 
 def test_what_is_no_http_is_answered_in_the_same_shape(service: Served) -> None:
@@ -879,13 +953,10 @@ def test_schemathesis_finds_no_500_and_no_answer_that_the_document_does_not_allo
 
 @pytest.mark.slow
 def test_memory_is_flat_over_many_requests(service: Served) -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
     for _ in range(200):
         service.draw(n=10)
-    before = resident()
+    before = _resident()
     for _ in range(1000):
         service.draw(n=10)
     # 10,000 pictures and their answers, 2 KB each: kept by mistake, they would be about 20 MB.
-    assert resident() - before < 5_000_000
+    assert _resident() - before < 5_000_000

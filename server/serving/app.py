@@ -27,6 +27,7 @@ from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 
 from server.generator import Generator, Picture
 from server.prompting import Description, PromptPipeline
@@ -35,7 +36,7 @@ from server.serving.card import brief, model_object
 from server.serving.describing import Describer
 from server.serving.errors import ApiError, of_ours, of_validation
 from server.serving.gallery import Gallery
-from server.serving.guard import ClientLeft, Guard
+from server.serving.guard import PIECE, ClientLeft, Guard
 from server.serving.keys import ApiKeys
 from server.serving.load import Admission, Load
 from server.serving.metrics import CONTENT_TYPE, Metrics
@@ -114,13 +115,13 @@ class HealthAnswer(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 
 
-class PicturesAnswer(Response):
+class AdmittedAnswer(Response):
     """Holds its room until it is sent, so that answers which nobody takes count as work under way."""
 
-    media_type = "application/json"
-
-    def __init__(self, content: bytes, admission: Admission) -> None:
-        super().__init__(content)
+    def __init__(
+        self, content: bytes, admission: Admission, *, kind: str, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(content, media_type=kind, headers=headers)
         self._admission = admission
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -135,7 +136,7 @@ class Studio:
 
     def __init__(self, generator: Generator, settings: ServingSettings, pipeline: PromptPipeline) -> None:
         self.generator, self.settings = generator, settings
-        self.load = Load(settings.most_units)
+        self.load, self._sending = Load(settings.most_units), Load(settings.gallery_bytes)
         self.metrics = Metrics(self.load, model=generator.digest, epsilon=f"{generator.privacy['epsilon_max']:.4g}")
         self.batcher = Batcher(generator, observe=self.metrics.batch)
         self.gallery = Gallery(most_bytes=settings.gallery_bytes, seconds=settings.gallery_seconds)
@@ -152,8 +153,15 @@ class Studio:
         self._encoders.shutdown(cancel_futures=True)
 
     def admit(self, wanted: Order) -> Admission:
+        return self._admitted(self.load, wanted.units)
+
+    def admit_file(self, size: int) -> Admission:
+        """Room for a picture of `size` bytes to be sent: it is held until then, though the gallery dropped it."""
+        return self._admitted(self._sending, size)
+
+    def _admitted(self, load: Load, units: int) -> Admission:
         try:
-            return self.load.admit(wanted.units)
+            return load.admit(units)
         except ApiError:
             self.metrics.refused.labels("load").inc()
             raise
@@ -258,7 +266,7 @@ def make_app(
     app = FastAPI(
         title="fedcanvas", version=__version__, lifespan=lifespan, redirect_slashes=False,
         # Both load scripts from elsewhere.
-        docs_url=None, redoc_url=None,
+        docs_url=None, redoc_url=None, openapi_url=None,
         description="Pictures by one text-to-image model that was trained under differential privacy.",
     )  # fmt: skip
     app.state.studio = studio
@@ -268,6 +276,7 @@ def make_app(
     _add_pictures(app, studio)
     _add_model(app, generator)
     _add_operation(app, studio)
+    _add_description(app)
     _add_page(app, read_page())
     return app
 
@@ -292,7 +301,7 @@ def _add_pictures(app: FastAPI, studio: Studio) -> None:
             admission.release()
             raise
         studio.metrics.kept.set(studio.gallery.size)
-        return PicturesAnswer(content, admission)
+        return AdmittedAnswer(content, admission, kind="application/json")
 
     @app.get(
         "/v1/images/files/{name}.png", response_class=Response, tags=["pictures"],
@@ -303,34 +312,57 @@ def _add_pictures(app: FastAPI, studio: Studio) -> None:
         png = studio.gallery.find(name)
         if png is None:
             raise ApiError(404, "there is no such picture, or its time is over; ask for it again by its seed")
-        return Response(png, media_type="image/png", headers={"cache-control": "private, max-age=3600, immutable"})
+        admission = studio.admit_file(len(png))
+        return AdmittedAnswer(
+            png, admission, kind="image/png", headers={"cache-control": "private, max-age=3600, immutable"}
+        )
 
 
 def _add_model(app: FastAPI, generator: Generator) -> None:
+    # Answers that are always the same lie in memory once, however many clients do not take theirs.
     about = model_object(generator)
-    searched = [(prompt, prompt.casefold()) for prompt in generator.prompts]
+    one, listed = _json(about), _json({"object": "list", "data": [about]})
+    searched = [(prompt.casefold(), _json(prompt)) for prompt in generator.prompts]
 
-    @app.get("/v1/models", response_model=ModelsAnswer, tags=["model"], responses=ERRORS)
-    async def models() -> Any:
+    def answers(model: type[BaseModel]) -> dict[str, Any]:
+        return {"response_class": Response, "tags": ["model"], "responses": {200: {"model": model}, **ERRORS}}
+
+    @app.get("/v1/models", **answers(ModelsAnswer))
+    async def models() -> Response:
         """The one model, with its card and its epsilon."""
-        return {"object": "list", "data": [about]}
+        return Response(listed, media_type="application/json")
 
-    @app.get("/v1/models/{name:path}", response_model=ModelAnswer, tags=["model"], responses=ERRORS)
-    async def model(name: str) -> Any:
+    @app.get("/v1/models/{name:path}", **answers(ModelAnswer))
+    async def model(name: str) -> Response:
         """The model by its name or digest."""
         if name not in (generator.name, generator.digest):
             raise unknown_model(generator.name)
-        return about
+        return Response(one, media_type="application/json")
 
-    @app.get("/v1/prompts", response_model=PromptsAnswer, tags=["model"], responses=ERRORS)
+    @app.get("/v1/prompts", **answers(PromptsAnswer))
     async def prompts(
         contains: Annotated[str, Query(max_length=200, description="Only prompts that contain this.")] = "",
         limit: Annotated[int, Query(ge=1, le=MOST_PROMPTS)] = 500,
-    ) -> Any:
+    ) -> Response:
         """Public prompts that the model was trained on: what it knows how to draw."""
         wanted = contains.casefold()
-        found = [prompt for prompt, folded in searched if wanted in folded]
-        return {"object": "list", "data": found[:limit], "total": len(found)}
+        found = [encoded for folded, encoded in searched if wanted in folded]
+        return StreamingResponse(_listed(found[:limit], total=len(found)), media_type="application/json")
+
+
+async def _listed(found: list[bytes], *, total: int) -> AsyncIterator[bytes]:
+    """The JSON of an answer, a piece as the client takes the one before: it never lies in memory whole."""
+    piece = b'{"object": "list", "data": ['
+    for place, each in enumerate(found):
+        piece += (b", " if place else b"") + each
+        if len(piece) >= PIECE:
+            yield piece
+            piece = b""
+    yield piece + b'], "total": %d}' % total
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False).encode()
 
 
 def _add_operation(app: FastAPI, studio: Studio) -> None:
@@ -349,6 +381,14 @@ def _add_operation(app: FastAPI, studio: Studio) -> None:
         """Counters for Prometheus."""
         studio.metrics.kept.set(studio.gallery.size)
         return Response(studio.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def _add_description(app: FastAPI) -> None:
+    content = _json(app.openapi())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def description() -> Response:
+        return Response(content, media_type="application/json")
 
 
 def _add_page(app: FastAPI, files: dict[str, PageFile]) -> None:

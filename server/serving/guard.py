@@ -27,7 +27,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 CLIENT_LEFT = 499  # never sent; nginx's number for it, in logs and metrics
-PIECE = 2**16
+PIECE = 2**15
 DISCARDED = 2**23  # bytes of a body that is too long which are read, so that the client gets to read the answer
 OPEN = ("/", "/health", "/openapi.json")  # without a key
 OPEN_BELOW = ("/page/", "/v1/images/files/")

@@ -14,6 +14,9 @@ from typing import Any
 from shared.errors import UsageError
 
 BACKLOG = 2048
+# Of each connection, in the kernel, which would else take megabytes for a client that reads none of them, and hide for
+# minutes that one reads slowly.
+SENDING_BYTES = 2**17
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _FILES = 2**16
 
@@ -30,6 +33,7 @@ def listen(host: str, port: int) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING_BYTES)  # connections have it from here
         made.bind(address)
         made.listen(BACKLOG)
     except OSError as error:

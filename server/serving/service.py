@@ -1,6 +1,7 @@
 """The server under the API: uvicorn, with an end to every wait that uvicorn leaves open.
 
-Connections that send no whole request head, or do not take their answer, are closed after a time; beyond a number of
+Connections that send no whole request head, or take nothing of their answer, are closed after a time, and those that
+take it too slowly on the whole; beyond a number of
 connections a request is answered with 429 and more are dropped; what is no HTTP is answered in the API's own shape.
 Signals end it in order: nothing new, work under way is finished, then exit code 0.
 Not here: what is served (`server.serving.app`).
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.serving.errors import ApiError
-from server.serving.guard import HEADERS
+from server.serving.guard import HEADERS, PIECE
 from server.serving.settings import ServingSettings
 
 MOST_HEAD_BYTES = 2**15
@@ -62,21 +64,42 @@ class Service(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+class CountingTransport:
+    """A transport that counts what is written to it."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self.written = transport, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self._transport.write(data)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the kernel has, which takes more as the client does."""
+        return self.written - self._transport.get_write_buffer_size()
+
+
 class PatientProtocol(H11Protocol):
     """One connection, with its deadlines.
 
     Attributes:
         head_since: when the connection was made or gave its last answer: a head has to come in time from then.
-        writing_since: since when there is something to send that the client has not taken.
     """
 
     def __init__(self, config: uvicorn.Config, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
         self._settings: ServingSettings = config.serving  # type: ignore[attr-defined]
-        self.head_since, self.writing_since = time.monotonic(), 0.0
+        self.head_since = time.monotonic()
+        self._sending: _Sending | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=PIECE)
+        self._counting = CountingTransport(transport)
+        super().connection_made(cast(asyncio.Transport, self._counting))
         above = len(self.connections) - self._settings.most_connections
         if above > SPARE_CONNECTIONS:
             transport.abort()
@@ -84,16 +107,27 @@ class PatientProtocol(H11Protocol):
             self.app = _full
 
     def sweep(self, now: float) -> None:
-        if self.transport.get_write_buffer_size() == 0:
-            self.writing_since = 0.0
-        elif not self.writing_since:
-            self.writing_since = now
-        elif now - self.writing_since > self._settings.sending_seconds:
+        if self._is_too_slow(now):
             self.transport.abort()
             return
         waits_for_head = self.conn.their_state is h11.IDLE
         if waits_for_head and now - self.head_since > self._settings.head_seconds:
             self.transport.abort()
+
+    def _is_too_slow(self, now: float) -> bool:
+        """Whether the client takes nothing, or so little on average that it would hold its answer for hours."""
+        begun = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not begun and self.transport.get_write_buffer_size() == 0:
+            self._sending = None
+            return False
+        taken, patience = self._counting.taken, self._settings.sending_seconds
+        if self._sending is None:
+            self._sending = _Sending(since=now, first=taken, last=taken, moved=now)
+        sending = self._sending
+        if taken > sending.last:
+            sending.last, sending.moved = taken, now
+        allowed = patience + (taken - sending.first) / self._settings.least_sending_rate
+        return now - sending.moved > patience or now - sending.since > allowed
 
     def on_response_complete(self) -> None:
         self.head_since = time.monotonic()
@@ -104,6 +138,16 @@ class PatientProtocol(H11Protocol):
         if self.cycle is None or self.cycle.response_complete:
             self.transport.write(_raw(ApiError(400, "this is no HTTP request", code="bad_http", close=True)))
         self.transport.close()
+
+
+@dataclass
+class _Sending:
+    """Answers on their way: since when, bytes taken at first and at last, and when that became more."""
+
+    since: float
+    first: int
+    last: int
+    moved: float
 
 
 async def _full(scope: Any, receive: Any, send: Any) -> None:

@@ -21,10 +21,15 @@ class ServingSettings(Section):
     head_seconds: float = Field(20.0, gt=0, le=3600, description="For a client to send a whole request head.")
     body_seconds: float = Field(20.0, gt=0, le=3600, description="For a client to send a whole body.")
     drawing_seconds: float = Field(60.0, gt=0, le=3600, description="From a request's body to its pictures.")
-    sending_seconds: float = Field(60.0, gt=0, le=3600, description="For a client to take an answer.")
+    sending_seconds: float = Field(60.0, gt=0, le=3600, description="That a client may take nothing of an answer.")
+    least_sending_rate: int = Field(
+        2**13, ge=1, le=2**40, description="Bytes a second that a client has to take on average, after sending_seconds."
+    )
     keep_alive_seconds: int = Field(15, ge=1, le=3600, description="Between two requests of a connection.")
     ending_seconds: int = Field(15, ge=1, le=3600, description="For work under way when the service is stopped.")
-    gallery_bytes: int = Field(2**26, ge=2**20, le=2**34, description="Of pictures kept for a URL; oldest go first.")
+    gallery_bytes: int = Field(
+        2**26, ge=2**20, le=2**34, description="Of pictures kept for a URL, oldest go first; and of those being sent."
+    )
     gallery_seconds: float = Field(3600.0, gt=0, le=30 * 86400, description="That a picture is kept for its URL.")
     hosts: tuple[str, ...] | None = Field(
         None, description="Names by which clients may call it; none of them given: any. A page elsewhere cannot pose."
