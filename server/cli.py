@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, new_app, printable, say
+from shared.cli import AsJson, ModelPlace, Releaser, new_app, printable, say
 from shared.errors import UsageError
 
 MOST_PICTURES = 100_000
@@ -26,13 +26,7 @@ SLUG_CHARACTERS = 60
 @new_app
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", hidden=True)] = None,
-    model: Annotated[
-        Path,
-        typer.Option(
-            help="A released model, a finished run, its folder `model`, or a model that a site received.",
-            show_default=False,
-        ),
-    ] = ...,  # type: ignore[assignment]
+    model: Annotated[Path, ModelPlace] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Folder for the pictures; made when it is not there.")] = Path("pictures"),
     prompts_file: Annotated[
         Path | None, typer.Option("--prompts", help="A file of prompts, one a line.", show_default=False)
@@ -49,6 +43,7 @@ def generate(
     describe: Annotated[
         bool, typer.Option("--describe", help="Say each prompt in the model's words first, by rules, and draw that.")
     ] = False,
+    releaser: Releaser = "",
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify; its pictures say so.")
     ] = False,
@@ -77,7 +72,7 @@ def generate(
         raise UsageError(f"--total {total} is fewer than the {len(asked)} prompts", hint="a picture of each at least")
     if total is None and len(asked) * n > MOST_PICTURES:
         raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
-    released = Generator.load(model, unverified=unverified)
+    released = Generator.load(model, releaser=releaser, unverified=unverified)
     say(released.line)
     drawn_as = _described(asked, released.prompts) if describe else {prompt: prompt for prompt in asked}
     asked = list(dict.fromkeys(drawn_as.values()))

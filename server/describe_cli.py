@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import AsJson, LanguageModelPlace, new_app, printable, say
+from shared.cli import AsJson, LanguageModelPlace, ModelPlace, new_app, printable, say
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,13 +24,7 @@ LONGEST_SHOWN = 160  # characters of what a stage made
 @new_app
 def describe(
     texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", hidden=True)] = None,
-    model: Annotated[
-        Path,
-        typer.Option(
-            help="A released model, a finished run, its folder `model`, or a model that a site received.",
-            show_default=False,
-        ),
-    ] = ...,  # type: ignore[assignment]
+    model: Annotated[Path, ModelPlace] = ...,  # type: ignore[assignment]
     language_model: LanguageModelPlace = "",
     previous: Annotated[
         list[str] | None,

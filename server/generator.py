@@ -85,22 +85,34 @@ class Generator:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, path: str | Path, *, unverified: bool = False, recompute: bool = False) -> Self:
+    def load(
+        cls, path: str | Path, *, releaser: str = "", unverified: bool = False, recompute: bool = False
+    ) -> Self:  # fmt: skip
         """
         Args:
             path: a released model, a run directory, or its folder `model`.
+            releaser: the fingerprint of the key that must have signed it; "" takes any, which `line` names.
             unverified: take a released model even where it does not verify; every picture then says so.
             recompute: also compute epsilon from the sites' statements again, some seconds; without it the figure is as
                 the releaser says.
         Raises:
-            BundleError: the released model was altered, or its evidence does not hold.
+            BundleError: the released model was altered, its evidence does not hold, or `releaser` did not sign it.
             RunDirectoryError: there is no model.
+            UsageError: `releaser` is given for a model that shall not be verified.
         """
         path = Path(path)
+        if releaser and unverified:
+            raise UsageError(
+                "whoever released a model that is not verified cannot be known", hint="leave out releaser or unverified"
+            )
         if not is_bundle(path):
             model = load_model(path)
-            line = f"{path}: a run's own model, with no evidence beside it: `fedcanvas release` adds that"
-            return cls(model, name=path.resolve().name, digest=_digest(model), line=line)
+            if releaser:
+                raise BundleError(
+                    f"{path} is a run's own model: nobody signed it, so neither did {releaser}",
+                    hint="name a model that was made by `fedcanvas release`, or leave out the releaser",
+                )
+            return cls(model, name=path.resolve().name, digest=_digest(model), line=_own(path))
         if unverified:
             from shared.models import weights_digest
 
@@ -114,7 +126,7 @@ class Generator:
             except UNREADABLE:
                 raise BundleError(f"{path / CARD} does not say what the model cost in privacy") from None
             return made
-        verified = verify(path, recompute=recompute)
+        verified = verify(path, releaser=releaser, recompute=recompute)
         name = str(verified.card["name"])
         return cls(load_bundle(verified), name=name, digest=verified.digest, line=verified.line)
 
@@ -248,11 +260,15 @@ def public_prompts(path: str | Path, *, unverified: bool = False) -> tuple[tuple
     try:
         prompts = json.loads((folder / "model.json").read_text(encoding="utf-8"))["prompts"]
         if not is_bundle(path) and prompts and all(isinstance(prompt, str) for prompt in prompts):
-            return tuple(prompts), f"{path}: a run's own model"
+            return tuple(prompts), _own(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # whatever is wrong with it, `load` says it
     generator = Generator.load(path, unverified=unverified)
     return generator.prompts, generator.line
+
+
+def _own(path: Path) -> str:
+    return f"{path}: a run's own model, with no evidence beside it: `fedcanvas release` adds that"
 
 
 def _digest(model: GeneratorModel) -> str:

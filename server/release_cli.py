@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, new_app, printable, say
+from shared.cli import AsJson, Releaser, new_app, printable, say
 
 if TYPE_CHECKING:
     from shared.bundle import Verified
@@ -66,9 +66,7 @@ def release(
 @new_app
 def verify(
     model: Annotated[Path, typer.Argument(metavar="MODEL", hidden=True)],
-    releaser: Annotated[
-        str, typer.Option(help="Fingerprint of the key that must have signed it.", show_default=False)
-    ] = "",
+    releaser: Releaser = "",
     as_json: AsJson = False,
 ) -> None:
     """Check MODEL, a released model: digests, signatures, and epsilon, which is computed again. Needs no network.

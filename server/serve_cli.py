@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import LanguageModelPlace, LogForm, new_app, say, warn
+from shared.cli import LanguageModelPlace, LogForm, ModelPlace, Releaser, new_app, say, warn
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,10 +23,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 @new_app
 def serve(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="A released model, a finished run, or its folder `model`.", show_default=False),
-    ] = None,
+    model: Annotated[Path | None, ModelPlace] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8000,
     api_keys: Annotated[
@@ -46,6 +43,7 @@ def serve(
         typer.Option(metavar="NAME", help="A name by which a proxy here is called; several times.", show_default=False),
     ] = None,
     language_model: LanguageModelPlace = "",
+    releaser: Releaser = "",
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify; every answer says so.")
     ] = False,
@@ -86,7 +84,7 @@ def serve(
     settings = _settings(queue, timeout, hosts, log_prompts, files=raise_file_limit() - SPARE_CONNECTIONS - 128)
     listening = listen(host, port)  # before the model: a port that is taken is told at once
     with listening:
-        generator = Generator.load(model, unverified=unverified, recompute=True)
+        generator = Generator.load(model, releaser=releaser, unverified=unverified, recompute=True)
         say(generator.line)
         pipeline = PromptPipeline(generator.prompts, language_model=language_model or None)
         app = make_app(generator, settings, keys=keys, pipeline=pipeline)

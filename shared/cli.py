@@ -41,6 +41,17 @@ LanguageModelPlace = Annotated[
         help="A causal language model of transformers that writes descriptions.  [default: rules do]",
     ),
 ]
+ModelPlace = typer.Option(
+    "--model", show_default=False,
+    help="A released model, a finished run, its folder `model`, or a model that a site received.",
+)  # fmt: skip
+Releaser = Annotated[
+    str,
+    typer.Option(
+        "--releaser", metavar="FINGERPRINT", show_default=False,
+        help="Fingerprint of the key that must have signed the model.  [default: any, which is named]",
+    ),
+]
 LogForm = Annotated[Literal["text", "json"], typer.Option("--log-format", help="Of a line of the logs.")]
 
 

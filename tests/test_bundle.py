@@ -24,6 +24,7 @@ from dp_accounting.pld import PLDAccountant
 from gaussian_oracle import epsilon_of_gaussians
 from signed_release import CODE, SignedRun, admission, charges_of, head_after, signed_run
 
+from server.generator import Generator, public_prompts
 from server.release import release
 from shared import disk
 from shared.bundle import MANIFEST, WEIGHTS, load_bundle, verify
@@ -295,6 +296,43 @@ def test_the_releaser_is_the_one_that_was_asked_for(
     capsys.readouterr()
     assert run(["verify", str(bundle), "--releaser", own]) == 10
     assert f"is signed by {fingerprint(other.public.raw)}, not by {own}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "a red circle", "--out", "{folder}/pictures", "--model"],
+        ["serve", "--port", "0", "--model"],
+        ["export", "--out", "{folder}/exported"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_draws_refuses_a_model_that_another_key_or_none_signed(
+    bundle: Path, made: SignedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    line = [word.format(folder=tmp_path) for word in command]
+    own, other = fingerprint(made.releaser.public.raw), fingerprint(SigningKey.generate().public.raw)
+    assert run([*line, str(bundle), "--releaser", other]) == 10
+    assert f"is signed by {own}, not by {other}" in capsys.readouterr().err
+    # Whoever takes the signature away makes it a run of somebody's own.
+    for unsigned in (made.path, made.path / "model"):
+        assert run([*line, str(unsigned), "--releaser", own]) == 10
+        assert f"nobody signed it, so neither did {own}" in capsys.readouterr().err
+    assert run([*line, str(bundle), "--releaser", own, "--unverified"]) == 2
+    assert "not verified cannot be known" in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_model_of_the_releaser_that_was_named_draws(bundle: Path, made: SignedRun) -> None:
+    own = fingerprint(made.releaser.public.raw)
+    assert Generator.load(bundle, releaser=own).digest == Generator.load(bundle).digest
+
+
+def test_words_alone_come_with_the_line_of_the_whole_model(bundle: Path, made: SignedRun) -> None:
+    for path in (bundle, made.path, made.path / "model"):
+        generator = Generator.load(path)
+        assert public_prompts(path) == (generator.prompts, generator.line)
 
 
 def test_a_disk_that_fills_up_leaves_neither_the_folder_nor_a_part_of_it(
