@@ -32,6 +32,7 @@ from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -43,7 +44,8 @@ from shared.flower_runtime import Runtime, WorkSource, loopback_retries
 
 TAKE_SECONDS = 60.0  # a run that was started is handed out at once
 POLL_SECONDS = 0.2
-UNREACHABLE = (httpx.HTTPError, ConnectionError)
+# The last: killed while it was told something, it came back and knows nothing of what was announced.
+UNREACHABLE = (httpx.HTTPError, ConnectionError, ObjectPushError)
 
 
 class EngineLost(Exception):

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import httpx
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from toy_federation import PROMPTS, toy_config
 
+from server import worker
 from server.run_queue import QueuedRun, RunQueue
+from server.superlink import EngineLost
 from shared.errors import UsageError
 
 
@@ -151,3 +158,37 @@ def test_files_of_the_release_before_are_read(queue: RunQueue) -> None:
     (queue.folder / "spring.wanted.json").write_text(json.dumps({"wanted": "run", "since": "", "asked": "1"}))
     assert (queue["spring"].state, queue["spring"].since) == ("failed", about["since"])
     assert queue.resume("spring").state == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (httpx.ConnectError("refused"), "waiting"), (EngineLost("the run is over"), "waiting"),
+        # What Flower says of a SuperLink that was killed while a question was pushed, and came back.
+        (ObjectPushError("91a1", 7, "a session"), "waiting"), (ValueError("a bug"), "failed"),
+    ],
+    ids=lambda given: type(given).__name__ if isinstance(given, Exception) else given,
+)  # fmt: skip
+def test_a_run_goes_on_after_the_engine_was_lost_and_fails_of_a_bug(
+    error: Exception, state: str, queue: RunQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(queue, "spring")
+    ending, tries = threading.Event(), list[str]()
+
+    def do(queued: QueuedRun, *_: object, **__: object) -> None:
+        tries.append(queued.name)
+        if len(tries) == 2:
+            ending.set()
+            return
+        raise error
+
+    monkeypatch.setattr(worker, "_do", do)
+    monkeypatch.setattr(worker, "ENGINE_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "IDLE_SECONDS", 0.0)
+    for outside in ("FederationFolder", "Runtime", "SuperLink"):
+        monkeypatch.setattr(worker, outside, MagicMock())
+    monkeypatch.setattr(worker, "LiveRoster", lambda *_: nullcontext(SimpleNamespace(trouble="")))
+    delivery = SimpleNamespace(deliver=lambda stopped: ending.set() if queue["spring"].state == "failed" else None)
+    monkeypatch.setattr(worker, "Delivery", lambda *_, **__: delivery)
+    worker.work(queue.folder.parent, ending=ending)
+    assert (queue["spring"].state, len(tries)) == (state, 1 if state == "failed" else 2)
