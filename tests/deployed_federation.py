@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from client.joining import join
 from server.deployment import programs as server_programs
 from server.federation import FederationFolder
 from server.run_queue import OVER, QueuedRun, RunQueue
-from server.status import server_status
+from server.status import readiness, server_status
 from shared.config import RunConfig, Scalar
 from shared.flower_runtime import free_port
 from shared.protection.kit import read_kit
@@ -30,6 +31,14 @@ from shared.supervisor import Program, status, supervise
 
 NAME = "toy"
 ROUND_SECONDS = 60.0  # that a round may take here at most
+# A node that got nothing asks again after three seconds, of which tests would wait most of their time.
+EAGER = """\
+import sys
+if "client.node" in sys.orig_argv:
+    import time, types
+    import flwr.supernode.start_client_internal as internal
+    internal.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.5))})
+"""
 
 
 class Wire:
@@ -84,6 +93,8 @@ class DeployedFederation:
         for site in self.sites:
             self.join(site)
         self.queue = RunQueue(self.folder)
+        (folder / "eager").mkdir()
+        (folder / "eager/sitecustomize.py").write_text(EAGER)
         self._stopped: dict[Path, threading.Event] = {}
         self._threads: dict[Path, threading.Thread] = {}
 
@@ -96,6 +107,8 @@ class DeployedFederation:
 
     def __enter__(self) -> DeployedFederation:
         self.start_server()
+        # A node that finds none gives up after a while and is started again: that would be the longer way.
+        eventually(lambda: readiness(self.folder).ready, "a server", 60.0)
         for site in self.sites:
             self.start(site, site_programs(site))
         self.all_online()
@@ -112,9 +125,11 @@ class DeployedFederation:
         self.start(self.folder, server_programs(self.folder, listen=f"127.0.0.1:{self._listen}"))
 
     def start(self, folder: Path, programs: Sequence[Program]) -> None:
+        path = os.pathsep.join(filter(None, [str(self.folder.parent / "eager"), os.environ.get("PYTHONPATH")]))
+        eager = [replace(one, environment={**one.environment, "PYTHONPATH": path}) for one in programs]
         self._stopped[folder] = threading.Event()
         self._threads[folder] = threading.Thread(
-            target=supervise, args=(folder, programs), kwargs={"stopped": self._stopped[folder]}
+            target=supervise, args=(folder, eager), kwargs={"stopped": self._stopped[folder]}
         )
         self._threads[folder].start()
 

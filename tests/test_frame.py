@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from conftest import LONGEST
 from packaging.requirements import Requirement
 
 import shared
@@ -61,6 +62,12 @@ def test_only_listed_skips_and_expected_failures_do_not_fail_a_session(tmp_path:
 def test_slow_tests_run_when_they_are_asked_for(tmp_path: Path) -> None:
     found = outcomes(tmp_path, "-m", "slow")
     assert (found["slow"], "plain" in found) == ("PASSED", False)
+
+
+def test_the_files_that_begin_first_are_there_and_no_option_puts_them_elsewhere() -> None:
+    # A name that is gone would be passed over, and pytest-xdist puts files with many tests first.
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
+    assert "--dist loadfile --no-loadscope-reorder" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_the_version_is_one_in_code_and_project() -> None:
