@@ -43,8 +43,9 @@ settings.load_profile("fedcanvas")
 
 # A file stays in one process, for what its tests share: a long one that began last would run alone. The longest first.
 LONGEST = (
-    "test_kills.py", "test_deployed_federation.py", "test_simulate.py", "test_arithmetic.py", "test_page.py",
-    "test_engines.py", "test_hospital_network.py", "test_rounds.py", "test_evaluate.py", "test_planner.py",
+    "test_kills.py", "test_deployed_federation.py", "test_simulate.py", "test_arithmetic.py", "test_engines.py",
+    "test_page.py", "test_hospital_network.py", "test_site_processes.py", "test_site_certificates.py",
+    "test_client_deployment.py", "test_planner.py", "test_evaluate.py", "test_rounds.py",
 )  # fmt: skip
 
 

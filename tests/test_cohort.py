@@ -390,6 +390,7 @@ def test_an_error_of_the_engine_for_a_late_answer_is_not_the_site_s_word(monkeyp
     assert run.cohort.members[3].missed == 2  # it has answered nothing yet, and waits longer the next time
 
 
+@pytest.mark.slow
 def test_how_long_a_site_takes_is_learned_from_answers_to_repeated_questions_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -253,6 +253,7 @@ def enough(count: int, repeats: int, rate: float = 0.93) -> bool:
     return bool(binom.cdf(count, repeats, rate) > 1e-5)
 
 
+@pytest.mark.slow
 def test_the_interval_of_fid_covers_the_expected_fid_at_the_stated_rate() -> None:
     n, dim, shift = 300, 2, 0.8
     truth = shift**2 + dim * (1 + (dim + 1) / 4) * (2 / n)  # with the bias at this n, which the interval is not about
@@ -307,6 +308,7 @@ def test_the_intervals_of_precision_and_recall_cover_the_truth_for_the_set_that_
         assert enough(count, 100), (name, count)
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_inception_score_covers_the_expected_score_at_the_stated_rate() -> None:
     n, repeats = 200, 100
 

@@ -57,11 +57,14 @@ def run(
 # ---- in this process
 
 
-@pytest.mark.parametrize(("kernel", "site_threads"), [("fused", 1), ("fused", 2), ("opacus", 2)])
+@pytest.mark.parametrize(
+    ("kernel", "site_threads"),
+    [("fused", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("fused", 1), ("opacus", 2)])],
+)
 def test_sites_side_by_side_give_the_bits_of_one_after_the_other(kernel: str, site_threads: int, tmp_path: Path):
     # Wide enough on 28 px that torch divides the work among the threads it may use.
     base = {
-        "data.image-size": 28, "discriminator.width": 32, "federation.sites": 3,
+        "data.image-size": 28, "discriminator.width": 32, "federation.sites": 3, "privacy.target-epsilon": 1.0,
         "privacy.kernel": kernel, "compute.site-threads": site_threads, "compute.server-threads": 2,
     }  # fmt: skip
     outcomes = []
@@ -73,7 +76,10 @@ def test_sites_side_by_side_give_the_bits_of_one_after_the_other(kernel: str, si
     assert len({outcome.digest for outcome in outcomes}) == 1
 
 
-@pytest.mark.parametrize(("site_threads", "server_threads"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("site_threads", "server_threads"),
+    [(2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 2), (2, 2)])],
+)
 def test_sites_and_server_compute_with_their_own_number_of_threads(
     site_threads: int, server_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -387,6 +387,7 @@ def test_a_bug_in_one_metric_is_told_and_the_others_are_measured(
     assert "figures" in found["metrics"]["nearest"]
 
 
+@pytest.mark.slow
 def test_a_damaged_partial_result_is_measured_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [place / "runs/a", "--reference", place / "public.npz", "--n", "24", "--metrics", "nearest"]
     first = evaluated(capsys, *arguments)
@@ -463,6 +464,7 @@ def test_a_run_that_is_not_finished_says_how_to_finish_it(place: Path, capsys: p
     assert "is not finished" in refused(capsys, place / "runs/a", "--reference", place / "public.npz")
 
 
+@pytest.mark.slow
 def test_two_evaluations_at_one_time_do_not_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [place / "runs/a", "--reference", place / "public.npz", "--metrics", "nearest", "--n", "24"]
     found = evaluated(capsys, *arguments)

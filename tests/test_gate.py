@@ -44,6 +44,7 @@ ATTRIBUTES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_answers_messages_loads_nothing_that_tries_the_network() -> None:
     """In a process of its own, as the worker is started."""
     look = "import client.worker, sys; print(sorted({'client.doctor', 'client.deployment_cli'} & set(sys.modules)))"

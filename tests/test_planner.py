@@ -127,6 +127,7 @@ def test_q_is_proposed_as_simulate_does() -> None:
 # ---- whether it can learn
 
 
+@pytest.mark.slow
 def test_the_demo_it_compares_with_is_the_demo() -> None:
     config, plan = demo(), make_plan(demo())
     assert plan.noise_multiplier == planner.DEMO_NOISE_MULTIPLIER

@@ -29,6 +29,7 @@ from shared.text import build_encoder
 from simulations.engines import LocalGrid, run_local
 
 NOT_PRIVATE = {"privacy.name": "none", "federation.rounds": 2}  # no noise to calibrate: quick
+WARM = {"warm-start.enabled": True, "warm-start.steps": 3, "privacy.target-epsilon": 1.0}  # priced quicker
 
 
 class Watcher(SilentObserver):
@@ -92,7 +93,7 @@ def test_a_run_takes_and_charges_every_round_once(local_steps: int, site_dirs: l
 
 
 def test_the_warm_start_comes_first_and_takes_no_steps(site_dirs: list[Path], tmp_path: Path):
-    config, watcher = toy_config({"warm-start.enabled": True, "warm-start.steps": 3}), Watcher()
+    config, watcher = toy_config(WARM), Watcher()
     run(tmp_path / "run", config, site_dirs, watcher)
     assert watcher.rounds == [0, 1, 2, 3, 4]
     assert watcher.warm_steps == [(1, 3), (2, 3), (3, 3)]
@@ -119,7 +120,7 @@ def test_nothing_of_a_site_s_captions_is_in_the_run_directory(tmp_path: Path):
         with np.load(folder / "data.npz") as data:
             arrays = dict(data)
         np.savez(folder / "data.npz", **{**arrays, "class_names": np.array(["hemangioma", "melanoma", "nevus"])})
-    run(tmp_path / "run", toy_config({"warm-start.enabled": True, "warm-start.steps": 3}), folders)
+    run(tmp_path / "run", toy_config(WARM), folders)
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) > 5
     for path in written:
@@ -139,7 +140,7 @@ def test_evaluation_comes_every_few_rounds_and_after_the_last(site_dirs: list[Pa
     "stop_after", [0, 2, 4, *(pytest.param(later, marks=pytest.mark.slow) for later in (1, 3))]
 )
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(stop_after: int, site_dirs: list[Path], tmp_path: Path):
-    config = toy_config({"warm-start.enabled": True, "warm-start.steps": 3})
+    config = toy_config(WARM)
     undisturbed = run(tmp_path / "a", config, site_dirs)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", config, site_dirs, Watcher(stop_after))
@@ -155,7 +156,7 @@ def test_a_round_whose_replies_were_lost_is_charged_again(site_dirs: list[Path],
                 raise KeyboardInterrupt
             return super().pull_messages(message_ids)
 
-    config = toy_config({"warm-start.enabled": True, "warm-start.steps": 3})
+    config = toy_config(WARM)
     undisturbed = run(tmp_path / "a", config, site_dirs)
     grid = Losing(make_app(site_dirs), sites=2, parallel_sites=2)
     with make_run(tmp_path / "b", config) as rundir, grid, pytest.raises(KeyboardInterrupt):
