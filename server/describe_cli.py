@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,13 +19,14 @@ from shared.errors import UsageError
 if TYPE_CHECKING:
     from server.prompting import Description
 
+DEMO, DEMO_PROMPTS = Path("runs/demo"), "demo_prompts.txt"
 LONGEST_SHOWN = 160  # characters of what a stage made
 
 
 @new_app
 def describe(
     texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", hidden=True)] = None,
-    model: Annotated[Path, ModelPlace] = ...,  # type: ignore[assignment]
+    model: Annotated[Path | None, ModelPlace] = None,
     language_model: LanguageModelPlace = "",
     previous: Annotated[
         list[str] | None,
@@ -47,19 +49,23 @@ def describe(
 
     Unicode, language, keywords, topic, description: the last is what `fedcanvas generate` should draw. Words that the
     model was not trained on are named, with the nearest that it knows. "the same but larger" changes what was said
-    with --previous.
+    with --previous. Without --model the words are those of the demo.
     """
     from server.generator import public_prompts
     from server.prompting import STAGES, PromptPipeline
     from shared.registry import nearest_name_hint
 
     if not texts:
-        raise UsageError("no text", hint='for example: fedcanvas describe "kids party, blue theme" --model runs/a')
+        raise UsageError("no text", hint='for example: fedcanvas describe "kids party, blue theme"')
     for name in without or ():
         if name not in STAGES:
             raise UsageError(f"--without: unknown stage '{name}'", hint=nearest_name_hint(name, list(STAGES)))
-    prompts, line = public_prompts(model, unverified=unverified)
+    if model is None:
+        prompts, line = _demo_prompts(), f"no --model: the words of the demo, whose model `make demo` puts at {DEMO}"
+    else:
+        prompts, line = public_prompts(model, unverified=unverified)
     say(line)
+    model = model or DEMO
     pipeline = PromptPipeline(prompts, language_model=language_model or None)
     before: Description | None = None
     for text in previous or ():
@@ -75,6 +81,10 @@ def describe(
     say(f"next: fedcanvas generate {drawn} --model {shlex.quote(str(model))}")
     if any(each.keeps_latents for each in found):
         say("with the same --seed it stays the same picture, changed")
+
+
+def _demo_prompts() -> tuple[str, ...]:
+    return tuple(resources.files("server").joinpath(DEMO_PROMPTS).read_text(encoding="utf-8").splitlines())
 
 
 def stage_lines(description: Description) -> list[str]:

@@ -567,3 +567,4 @@ def test_an_installed_wheel_has_the_page(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"server/serving/page/{name}" for name in ("index.html", "style.css", "page.js", "icon.svg")} <= names
+    assert "server/demo_prompts.txt" in names

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from released_run import make_released_run
 
+from server.describe_cli import _demo_prompts
 from server.grammar import Grammar
 from server.language_model import LanguageModel
 from server.prompting import STAGES, Description, PromptPipeline
@@ -583,6 +584,17 @@ def test_the_command_shows_each_stage_in_a_line(model: Path, capsys: pytest.Capt
     assert [line.split()[0] for line in out.splitlines()] == list(STAGES)
     assert "a small blue circle on a white background" in out.splitlines()[-1]
     assert f"next: fedcanvas generate 'a small blue circle on a white background' --model {model}" in err
+
+
+def test_without_a_model_the_words_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _demo_prompts() == SENTENCES
+    assert run(["describe", "kids party, blue theme"]) == 0
+    out, err = capsys.readouterr()
+    assert "a small blue circle on a white background" in out.splitlines()[-1]
+    assert err.startswith("no --model: the words of the demo")
+    assert "next: fedcanvas generate 'a small blue circle on a white background' --model runs/demo" in err
+    assert run(["describe", "blue", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "runs/demo"
 
 
 def test_the_example_of_the_page_is_what_the_command_prints(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
