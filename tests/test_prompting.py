@@ -472,6 +472,7 @@ def test_the_language_model_knows_what_the_rules_do_not(trained: PromptPipeline)
         assert f" {colour} " in description.description
         assert description.description in SENTENCES
         assert description.writer.startswith("language model ")
+        assert "/" not in json.dumps(description.to_dict())  # a service tells nobody where its folders lie
         assert description.topic in description.description
 
 
