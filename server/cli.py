@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, ModelPlace, Releaser, new_app, printable, say
+from shared.cli import AsJson, ModelPlace, Releaser, TextEncoderPlace, new_app, printable, say
 from shared.errors import UsageError
 
 MOST_PICTURES = 100_000
@@ -43,7 +43,8 @@ def generate(
     describe: Annotated[
         bool, typer.Option("--describe", help="Say each prompt in the model's words first, by rules, and draw that.")
     ] = False,
-    releaser: Releaser = "",
+    releaser: Releaser = None,
+    text_encoder: TextEncoderPlace = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify; its pictures say so.")
     ] = False,
@@ -72,7 +73,9 @@ def generate(
         raise UsageError(f"--total {total} is fewer than the {len(asked)} prompts", hint="a picture of each at least")
     if total is None and len(asked) * n > MOST_PICTURES:
         raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
-    released = Generator.load(model, releaser=releaser, unverified=unverified)
+    released = Generator.load(
+        model, releaser=releaser, unverified=unverified, text_encoder=text_encoder
+    )
     say(released.line)
     drawn_as = _described(asked, released.prompts) if describe else {prompt: prompt for prompt in asked}
     asked = list(dict.fromkeys(drawn_as.values()))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli import AsJson, Releaser, new_app, say
+from shared.cli import AsJson, Releaser, TextEncoderPlace, new_app, say
 
 
 @new_app
@@ -17,7 +17,8 @@ def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", hidden=True)],
     out: Annotated[Path, typer.Option(help="The folder to make; it must be new.", show_default=False)] = ...,  # type: ignore[assignment]
     form: Annotated[Literal["onnx"], typer.Option("--format", help="What it is made for: onnxruntime.")] = "onnx",
-    releaser: Releaser = "",
+    releaser: Releaser = None,
+    text_encoder: TextEncoderPlace = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify; its pictures say so.")
     ] = False,
@@ -31,7 +32,9 @@ def export(
     from server.export import export_onnx
     from server.generator import Generator
 
-    generator = Generator.load(model, releaser=releaser, unverified=unverified, recompute=True)
+    generator = Generator.load(
+        model, releaser=releaser, unverified=unverified, recompute=True, text_encoder=text_encoder
+    )
     say(generator.line)
     difference = export_onnx(generator, out)
     if as_json:

@@ -77,46 +77,56 @@ class Generator:
     Attributes:
         model: what was read.
         line: one line about where the model comes from, for people.
+        verified: a released model whose digests and signatures hold.
         unverified: a released model whose evidence does not hold, or was not looked at.
     """
 
-    def __init__(self, model: GeneratorModel, *, name: str, digest: str, line: str, unverified: bool = False) -> None:
-        self.model, self.name, self.digest, self.line, self.unverified = model, name, digest, line, unverified
+    def __init__(
+        self, model: GeneratorModel, *, name: str, digest: str, line: str, verified: bool = False,
+        unverified: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.name, self.digest, self.line = model, name, digest, line
+        self.verified, self.unverified = verified, unverified
         self._lock = threading.Lock()
 
     @classmethod
     def load(
-        cls, path: str | Path, *, releaser: str = "", unverified: bool = False, recompute: bool = False
+        cls, path: str | Path, *, releaser: str | None = None, unverified: bool = False, recompute: bool = False,
+        text_encoder: Path | None = None,
     ) -> Self:  # fmt: skip
         """
         Args:
             path: a released model, a run directory, or its folder `model`.
-            releaser: the fingerprint of the key that must have signed it; "" takes any, which `line` names.
+            releaser: the fingerprint of the key that must have signed it; `None` takes any, which `line` names.
             unverified: take a released model even where it does not verify; every picture then says so.
             recompute: also compute epsilon from the sites' statements again, some seconds; without it the figure is as
                 the releaser says.
+            text_encoder: the folder of the text encoder, where the model needs one of `transformers` and its settings
+                do not say where it lies here. A released model fetches none.
         Raises:
             BundleError: the released model was altered, its evidence does not hold, or `releaser` did not sign it.
             RunDirectoryError: there is no model.
             UsageError: `releaser` is given for a model that shall not be verified.
         """
+        if not isinstance(path, str | Path):
+            raise UsageError(f"a model is the path of a folder, not {type(path).__name__}")
         path = Path(path)
-        if releaser and unverified:
+        if releaser is not None and unverified:
             raise UsageError(
                 "whoever released a model that is not verified cannot be known", hint="leave out releaser or unverified"
             )
         if not is_bundle(path):
-            model = load_model(path)
-            if releaser:
+            model = load_model(path, text_encoder=text_encoder)
+            if releaser is not None:
                 raise BundleError(
-                    f"{path} is a run's own model: nobody signed it, so neither did {releaser}",
+                    f"{path} is a run's own model: nobody signed it, so neither did '{releaser}'",
                     hint="name a model that was made by `fedcanvas release`, or leave out the releaser",
                 )
             return cls(model, name=path.resolve().name, digest=_digest(model), line=_own(path))
         if unverified:
             from shared.models import weights_digest
 
-            model = read_unverified(path)
+            model = read_unverified(path, text_encoder=text_encoder)
             line = f"{path}: NOT VERIFIED; whatever it says of itself may be false"
             # Of the weights that draw, whatever the card calls them.
             digest = weights_digest(model.generator)
@@ -128,7 +138,8 @@ class Generator:
             return made
         verified = verify(path, releaser=releaser, recompute=recompute)
         name = str(verified.card["name"])
-        return cls(load_bundle(verified), name=name, digest=verified.digest, line=verified.line)
+        model = load_bundle(verified, text_encoder=text_encoder)
+        return cls(model, name=name, digest=verified.digest, line=verified.line, verified=True)
 
     from_pretrained = load
 
@@ -136,7 +147,7 @@ class Generator:
     def privacy(self) -> dict[str, Any]:
         """Of the card: `epsilon_max`, `delta`, `unit`, `adjacency`, as far as it says them."""
         card = self.model.card
-        if "privacy" in card:
+        if (self.verified or self.unverified) and "privacy" in card:  # a released one; a run's own says what was spent
             privacy = dict(card["privacy"])
             return {**privacy, "epsilon_max": float(privacy["epsilon_max"])}  # JSON has no infinity: the text "inf"
         spent = card.get("spent") or {}

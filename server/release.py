@@ -1,35 +1,29 @@
 """A run becomes a released model: its card, its sites' statements, and the signature of whoever releases it.
 
-Nothing is left to belief: figures of the card are computed from the sites' statements, and `shared.bundle.verify`
-reads the folder once more before anybody is told that it is there.
+Nothing is left to belief: figures of the card are computed from the sites' statements, and what does not verify
+is never written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shlex
 from pathlib import Path
 from typing import Any
 
-from shared.bundle import CARD, CONFIG, PROMPTS, README, WEIGHTS, Verified, verify, write_bundle
+from shared.bundle import CARD, CONFIG, PROMPTS, README, WEIGHTS, Verified, write_bundle
 from shared.bundle import FEDERATION as FEDERATION_FILE
 from shared.config import RunConfig
 from shared.errors import BundleError
+from shared.model_card import SIMULATED, privacy_terms, public_terms, settings_terms, site_terms
 from shared.page import counted
-from shared.privacy.accounting import ADJACENCY
 from shared.privacy.plan import PrivacyPlan
 from shared.protection.federation import Federation, SiteKeys
 from shared.protection.keys import SigningKey, VerifyKey
 from shared.rundir import STATEMENTS, GeneratorModel, RunDirectory, load_model, to_json
 from shared.spend import SpendStatement
 
-TRUSTED = {
-    "local": "nobody with the records' privacy: each site adds the whole noise itself, before anything leaves it",
-    "distributed": "the other sites, to add their shares of the noise: each site adds a part of it",
-}
-SAMPLING = "each step takes every record with the same probability, independently (Poisson), drawn at the site"
 LIMITS = (
     "Epsilon bounds what this model, and everything that was made of it, may tell about any one {unit} of a site. It is"
     " of one site: somebody whose records lie at several adds theirs up.",
@@ -72,8 +66,7 @@ def release(run: Path, out: Path, *, key: SigningKey, federation: Path | None = 
         CARD: to_json(card),
         README: card_in_words(card).encode(),
     }
-    write_bundle(out, files, run=opened.run_id, key=key)
-    return verify(out)
+    return write_bundle(out, files, run=opened.run_id, key=key)
 
 
 def _statement_files(run: RunDirectory) -> dict[str, bytes]:
@@ -128,71 +121,40 @@ def _evidence(folder: Path, contents: dict[str, bytes]) -> tuple[bytes, dict[str
 def _settings(model: GeneratorModel, config: RunConfig) -> dict[str, Any]:
     # The run's own settings, which sites signed: a model that was read is set to be drawn with on the CPU.
     return {
-        "model_type": "fedcanvas",
-        "architectures": ["FedCanvasGenerator"],
-        "library_name": "fedcanvas",
+        **settings_terms(config),
         "encoder_fingerprint": model.card["encoder_fingerprint"],
         "embedding_dim": model.encoder.dim,
-        "image_size": config.data.image_size,
-        "channels": config.data.channels,
-        "latent_dim": config.generator.latent_dim,
         "run": json.loads(config.to_json()),
     }
 
 
 def make_card(model: GeneratorModel, run: RunDirectory, statements: dict[str, SpendStatement]) -> dict[str, Any]:
-    """For programs; every figure of privacy is of the sites' statements."""
-    config, plan = model.config, PrivacyPlan.from_dict(model.card["plan"])
+    """For programs; every figure of privacy is of the sites' statements, and what follows from them is compared."""
     reports = {site: statement.epsilon() for site, statement in statements.items()}
+    terms = public_terms(run.config, model.prompts, statements)
+    privacy = privacy_terms(run.config, PrivacyPlan.from_dict(model.card["plan"]))
     sites = {
         site: {
             "epsilon": report.epsilon, "prv": report.prv, "pld": report.pld, "rdp": report.rdp,
-            "steps": statements[site].steps, "unsampled_releases": statements[site].unsampled,
-            "head": statements[site].head, "code_digest": statements[site].code_digest,
-            "simulated": statements[site].simulated,
+            **site_terms(statements[site]),
         }
         for site, report in reports.items()
     }  # fmt: skip
     return {
+        **terms,
         "fedcanvas": model.card["fedcanvas"],
         "run_id": run.run_id,
         "name": run.path.resolve().name,
-        "federation": config.federation.name,
-        "simulated": run.entropy == "seeded",
-        "privacy": {
-            "private": plan.private,
-            "epsilon_max": max(report.epsilon for report in reports.values()),
-            "delta": plan.delta,
-            "unit": plan.unit,
-            "adjacency": ADJACENCY,
-            "accountants": ["PRV", "PLD"] if plan.private else [],
-            "sampling": SAMPLING,
-            "sampling_rate": plan.sampling_rate,
-            "noise": config.privacy.noise,
-            "noise_multiplier": plan.noise_multiplier,
-            "warm_start_noise_multiplier": plan.warm_start_noise_multiplier,
-            "clipping_norm": plan.clipping_norm,
-            "trusted": TRUSTED.get(config.privacy.noise, config.privacy.noise),
-            "rounds": config.federation.rounds,
-            "local_steps": config.federation.local_steps,
-            "sites": sites,
-        },
+        "privacy": {**privacy, "epsilon_max": max(report.epsilon for report in reports.values()), "sites": sites},
         "sites_that_left": run.sites_left(),
         "public": {
-            "prompts": len(model.prompts),
-            "prompts_digest": hashlib.sha256("".join(f"{text}\n" for text in model.prompts).encode()).hexdigest(),
-            "text_encoder": config.text.encoder,
-            "text_encoder_path": config.text.path,
+            **terms["public"],
             "encoder_fingerprint": model.card["encoder_fingerprint"],
-            "discriminator": config.discriminator.name,
             "front_end_fingerprint": _front_end(model),
         },
-        "code": {"sites": sorted({statement.code_digest for statement in statements.values()})},
-        "lock_digest": hashlib.sha256((run.path / "versions.json").read_bytes()).hexdigest(),
+        "lock_digest": run.lock_digest,
         "versions": run.read_json("versions.json"),
-        "weights_digest": model.card["weights_digest"],
-        "example": model.prompts[0],
-        "picture": {"size": config.data.image_size, "channels": config.data.channels},
+        **({"warning": SIMULATED} if terms["simulated"] else {}),
     }
 
 
@@ -212,6 +174,7 @@ def card_in_words(card: dict[str, Any]) -> str:
         f"| {site} | {_number(about['epsilon'])} | {about['steps']} | {about['unsampled_releases']} |"
         for site, about in sorted(privacy["sites"].items())
     )
+    caution = f"\n**{SIMULATED}**\n" if card["simulated"] else ""
     limits = "\n".join(f"- {sentence.format(unit=unit)}" for sentence in LIMITS)
     encoder, path = card["public"]["text_encoder"], card["public"]["text_encoder_path"]
     path = f", {path}" if path else ""
@@ -239,7 +202,7 @@ A text-conditioned GAN for pictures of {card["picture"]["size"]} px, trained by 
 **epsilon {cost}** at delta {privacy["delta"]:.0e}, the largest of all sites; {privacy["adjacency"]} one {unit}.
 
 {means}
-
+{caution}
 | site | epsilon | noised steps | noised sums of all records |
 |---|---|---|---|
 {rows}

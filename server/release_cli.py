@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, Releaser, new_app, printable, say
+from shared.cli import AsJson, Releaser, new_app, printable, say, warn
 
 if TYPE_CHECKING:
     from shared.bundle import Verified
@@ -43,6 +43,7 @@ def release(
     gets it should hear the fingerprint of the key from you by another way.
     """
     from server.release import release as make
+    from shared.model_card import SIMULATED
     from shared.protection.keys import SigningKey, read_passphrase
 
     path = key or _default_key()
@@ -51,6 +52,8 @@ def release(
         SigningKey.generate().write(path, passphrase=passphrase)
         say(f"a key to release with was made: {path}; keep it, and keep it to yourself")
     made = make(run, out, key=SigningKey.read(path, passphrase=passphrase), federation=federation)
+    if made.simulated:
+        warn(f"do not share it if it was made of private data. {SIMULATED}")
     if as_json:
         typer.echo(json.dumps({"model": str(out), **_table(made)}))
         return
@@ -66,7 +69,7 @@ def release(
 @new_app
 def verify(
     model: Annotated[Path, typer.Argument(metavar="MODEL", hidden=True)],
-    releaser: Releaser = "",
+    releaser: Releaser = None,
     as_json: AsJson = False,
 ) -> None:
     """Check MODEL, a released model: digests, signatures, and epsilon, which is computed again. Needs no network.
@@ -86,6 +89,7 @@ def verify(
         epsilon = float(card["privacy"]["sites"][site]["epsilon"])  # JSON has no infinity: the text "inf"
         charges = f"{len(statement.charges)} charges, {statement.steps} steps"
         lines.append(f"  {site:<12} epsilon {epsilon:.4g}: {charges}; the run has {card['privacy']['rounds']} rounds")
+    lines += [f"  code of the sites: {_whose_code(found.code)}"]
     lines += ["shown:", *(f"  - {line}" for line in found.proved)]
     lines += ["to be trusted:", *(f"  - {line}" for line in found.trusted)]
     # What stands in a card is somebody's: it must not move a terminal's cursor, nor begin a line of its own.
@@ -94,6 +98,15 @@ def verify(
 
 def _default_key() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fedcanvas/releaser.pem"
+
+
+def _whose_code(digests: list[str]) -> str:
+    from shared.tree import code_digest
+
+    if digests == [code_digest(Path(__file__).resolve().parents[1])]:
+        return f"{digests[0][:16]}, which is installed here"
+    listed = ", ".join(digest[:16] for digest in digests)
+    return f"{listed}; another release than is installed here"
 
 
 def _cost(privacy: dict[str, Any]) -> str:
@@ -110,7 +123,7 @@ def _table(found: Verified) -> dict[str, Any]:
 
     table = {
         "run": found.card["run_id"], "signed_by": found.releaser, "federation": found.federation,
-        "simulated": found.simulated, "digest": found.digest, "epsilon": found.epsilon,
+        "simulated": found.simulated, "code": found.code, "digest": found.digest, "epsilon": found.epsilon,
         "sites": {site: about["epsilon"] for site, about in found.card["privacy"]["sites"].items()},
         "shown": found.proved, "to_be_trusted": found.trusted,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import LanguageModelPlace, LogForm, ModelPlace, Releaser, new_app, say, warn
+from shared.cli import LanguageModelPlace, LogForm, ModelPlace, Releaser, TextEncoderPlace, new_app, say, warn
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def serve(
         typer.Option(metavar="NAME", help="A name by which a proxy here is called; several times.", show_default=False),
     ] = None,
     language_model: LanguageModelPlace = "",
-    releaser: Releaser = "",
+    releaser: Releaser = None,
+    text_encoder: TextEncoderPlace = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify; every answer says so.")
     ] = False,
@@ -84,7 +85,9 @@ def serve(
     settings = _settings(queue, timeout, hosts, log_prompts, files=raise_file_limit() - SPARE_CONNECTIONS - 128)
     listening = listen(host, port)  # before the model: a port that is taken is told at once
     with listening:
-        generator = Generator.load(model, releaser=releaser, unverified=unverified, recompute=True)
+        generator = Generator.load(
+            model, releaser=releaser, unverified=unverified, recompute=True, text_encoder=text_encoder
+        )
         say(generator.line)
         pipeline = PromptPipeline(generator.prompts, language_model=language_model or None)
         app = make_app(generator, settings, keys=keys, pipeline=pipeline)

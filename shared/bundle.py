@@ -18,9 +18,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,11 +31,12 @@ from typing import Any
 from shared.config import RunConfig
 from shared.disk import write_folder
 from shared.errors import BundleError, FedCanvasError, RunDirectoryError
-from shared.privacy.accounting import ADJACENCY
+from shared.model_card import SIMULATED, privacy_terms, public_terms, settings_terms, site_terms
 from shared.privacy.plan import plan_without_noise
+from shared.prompts import PromptPool
 from shared.protection.federation import Federation, SiteKeys
-from shared.protection.keys import SigningKey, VerifyKey, fingerprint
-from shared.protection.statements import canonical, read_statement, sign_statement
+from shared.protection.keys import SigningKey, VerifyKey, fingerprint, same_fingerprint
+from shared.protection.statements import canonical, each_once, read_statement, sign_statement
 from shared.rundir import GeneratorModel, build_model
 from shared.spend import MOST_BYTES as STATEMENT_BYTES
 from shared.spend import SpendStatement
@@ -47,9 +50,7 @@ MANIFEST_BYTES, ADMISSION_BYTES, MOST_SITES = 2**22, 2**20, 2**14
 MOST_BYTES = 2**30  # of all files together
 _OF_A_SITE = re.compile(r"(statements|admissions)/([A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?)\.json")
 _TYPES = {"format": int, "run": str, "released": str, "files": dict, "signing-key": str}
-_OF_THE_PLAN = (
-    "private", "delta", "unit", "sampling_rate", "noise_multiplier", "warm_start_noise_multiplier", "clipping_norm",
-)  # fmt: skip
+_EPSILONS = ("epsilon", "prv", "pld", "rdp")
 CLOSE = 1e-3  # relative: another release's accountants may compute a little otherwise
 
 
@@ -81,6 +82,11 @@ class Verified:
     def sites(self) -> int:
         """That the run's settings name, which every site signed."""
         return int(json.loads(self.files[CONFIG])["run"]["federation"]["sites"])
+
+    @property
+    def code(self) -> list[str]:
+        """Digests of the code that the sites name, each once."""
+        return sorted({statement.code_digest for statement in self.statements.values()})
 
     @property
     def absent(self) -> int:
@@ -123,6 +129,7 @@ class Verified:
     def trusted(self) -> list[str]:
         """What nobody can see from these files, in sentences."""
         whom = "whoever simulated the run" if self.simulated else "each site"
+        public = self.card["public"]
         unsigned = sorted(site for site, statement in self.statements.items() if not statement.weights)
         open_still = sorted(site for site, statement in self.statements.items() if not statement.closed)
         others = (
@@ -134,27 +141,31 @@ class Verified:
             *([f"That these weights are of this run: {', '.join(unsigned)} signed for none."] if unsigned else []),
             *([f"That {', '.join(open_still)} charged no more: the run was open there."] if open_still else []),
             others,
-            "The words of README.md; the figures above were checked, that file was not.",
+            "The words of README.md, and on the card the versions, the lock's digest, the front end's fingerprint and"
+            " the sites that left: whoever released it says so. All else on the card follows from what was checked.",
+            *([_ENCODER.format(**public)] if public["text_encoder_path"] else []),
+            *([SIMULATED] if self.simulated else []),
             f"That {whom} told the truth: that nothing else left it about these records.",
-            "That the code that ran was the release whose digest the statements name.",
+            f"That the code that ran was the release whose digest the statements name: {', '.join(self.code)}.",
             "That the records of different sites are of different people: epsilon is of one site's records.",
             f"That the key {self.releaser} is of whom you think: compare it with them, by another way.",
         ]
 
 
 def is_bundle(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """Whether it looks like one, with its manifest or without."""
+    return (path / MANIFEST).is_file() or ((path / WEIGHTS).is_file() and (path / CARD).is_file())
 
 
 def write_bundle(
     out: Path, files: Mapping[str, bytes], *, run: str, key: SigningKey, released: datetime | None = None
-) -> None:
-    """The folder `out` appears whole, or not at all.
+) -> Verified:
+    """The folder `out` appears whole and verified, or not at all.
 
     Args:
         files: all but `bundle.json`, by name.
     Raises:
-        BundleError: `out` is there already, or cannot be written.
+        BundleError: `out` is there already, or cannot be written, or what it would hold does not verify.
     """
     fields = {
         "format": FORMAT, "run": run, "released": (released or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -162,23 +173,34 @@ def write_bundle(
         "signing-key": key.public.text,
     }  # fmt: skip
     manifest = json.dumps(sign_statement("bundle", fields, key), indent=2, sort_keys=True).encode() + b"\n"
+    with _as_bundle_error(out):
+        verified = _verify(out, fields, dict(files), None, recompute=True)
     try:
         write_folder(out, {**files, MANIFEST: manifest})
     except RunDirectoryError as error:
         raise BundleError(error.message, hint=error.hint) from None
+    verify(out, recompute=False)  # as others will read it
+    return verified
 
 
-def verify(folder: Path, *, releaser: str = "", recompute: bool = True) -> Verified:
+def verify(folder: Path, *, releaser: str | None = None, recompute: bool = True) -> Verified:
     """Checks digests, signatures and figures of a bundle.
 
     Args:
-        releaser: the fingerprint that the bundle must be signed with; "" takes any and names it.
+        releaser: the fingerprint that the bundle must be signed with; `None` takes any and names it.
         recompute: epsilon from the statements, some seconds.
     Raises:
         BundleError: it is none, or anything does not hold. Nothing of it should be used then.
     """
+    with _as_bundle_error(folder):
+        manifest, files = _read(folder)
+        return _verify(folder, manifest, files, releaser, recompute=recompute)
+
+
+@contextmanager
+def _as_bundle_error(folder: Path) -> Iterator[None]:
     try:
-        return _verify(folder, releaser, recompute)
+        yield
     except BundleError:
         raise
     except FedCanvasError as error:  # a statement that is none, settings that cannot be, noise of no known price
@@ -187,58 +209,69 @@ def verify(folder: Path, *, releaser: str = "", recompute: bool = True) -> Verif
         raise BundleError(f"{folder}: the card or the settings cannot be read ({type(error).__name__})") from None
 
 
-def load_bundle(verified: Verified) -> GeneratorModel:
-    """The generator, from the bytes that were checked."""
+def load_bundle(verified: Verified, *, text_encoder: Path | None = None) -> GeneratorModel:
+    """The generator, from the bytes that were checked.
+
+    A text encoder of `transformers` is not among them. It is taken from this machine, where a released model cannot
+    name what is fetched, and its fingerprint is compared.
+
+    Args:
+        text_encoder: its folder, in place of what the settings name.
+    """
     files, where = verified.files, str(verified.folder)
     about = json.loads(files[CONFIG])
     config = RunConfig.from_table(about["run"], origin=f"{where}/{CONFIG}")
-    prompts = tuple(files[PROMPTS].decode().splitlines())
+    prompts = PromptPool(tuple(files[PROMPTS].decode().splitlines())).texts
     return build_model(
         files[WEIGHTS], config=config, prompts=prompts, encoder_fingerprint=str(about["encoder_fingerprint"]),
-        card=verified.card, where=where,
+        card=verified.card, where=where, text_encoder=text_encoder, local_only=True,
     )  # fmt: skip
 
 
+_ENCODER = (
+    "That the text encoder {text_encoder_path} is fit to be used: it is not in this folder, is taken from the machine"
+    " that draws, and only its fingerprint is compared."
+)
 # What a card or settings of any other form make of the lines that read them.
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError)
 _ALTERED = "it was altered, or is not whole: get it again from whoever released it, and use nothing of this copy"
 
 
-def _verify(folder: Path, releaser: str, recompute: bool) -> Verified:
-    manifest, files = _read(folder)
+def _verify(
+    folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], releaser: str | None, *, recompute: bool
+) -> Verified:
+    """`folder` names it to people, and is not read."""
     key = fingerprint(VerifyKey.from_text(manifest["signing-key"]).raw)
-    if releaser and releaser.split() != key.split():
-        raise BundleError(f"{folder} is signed by {key}, not by {releaser}", hint=_ALTERED)
-    card, about = json.loads(files[CARD]), json.loads(files[CONFIG])
+    if releaser is not None and not same_fingerprint(releaser, key):
+        raise BundleError(
+            f"{folder} is signed by {key}, not by '{releaser}'",
+            hint="compare the fingerprint with whoever released it, by another way; use nothing of it before",
+        )
+    card, about = _table(files[CARD]), _table(files[CONFIG])
     config = RunConfig.from_table(about["run"], origin=f"{folder / CONFIG}")
+    prompts = PromptPool(tuple(files[PROMPTS].decode().splitlines())).texts
     federation = Federation.read(files[FEDERATION], what=FEDERATION) if FEDERATION in files else None
     statements = _statements(files, federation)
-    prompts = json.dumps(files[PROMPTS].decode().splitlines())
-    expected = (manifest["run"], config.digest, hashlib.sha256(prompts.encode()).hexdigest())
+    prompts_digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    expected = (manifest["run"], config.digest, prompts_digest)
     for site, statement in statements.items():
         if (statement.run, statement.config_digest, statement.prompts_digest) != expected:
             raise BundleError(f"{folder}: the statement of site {site} is of another run, other settings or prompts")
+        if statement.federation != config.federation.name:
+            raise BundleError(f"{folder}: the statement of site {site} is of another federation than the settings")
         if statement.simulated != (federation is None):
             raise BundleError(f"{folder}: the statement of site {site} is of a simulated site among real ones, or none")
         _check_terms(folder, site, statement, config)
         if statement.weights not in ("", manifest["files"][WEIGHTS]):
             raise BundleError(f"{folder}: site {site} signed for other weights", hint=_ALTERED)
-    privacy, sites = card["privacy"], card["privacy"]["sites"]
-    figures = [privacy["epsilon_max"], *(about["epsilon"] for about in sites.values())]
-    if not all(type(figure) in (int, float) or figure == "inf" for figure in figures):
-        raise BundleError(f"{folder}: an epsilon of the card is no number")
-    said = (card["federation"], privacy["adjacency"], card["simulated"], privacy["rounds"], privacy["local_steps"])
-    true = (
-        config.federation.name, ADJACENCY, federation is None, config.federation.rounds, config.federation.local_steps
-    )
-    if said != true or any(statement.federation != config.federation.name for statement in statements.values()):
-        raise BundleError(f"{folder}: the card has another federation, adjacency or number of rounds than the run")
-    if not all(type(card[name]) is str for name in ("name", "federation", "example")):
-        raise BundleError(f"{folder}: the card names no model, federation or prompt")
-    if card["run_id"] != manifest["run"] or set(sites) != set(statements):
+    if card["run_id"] != manifest["run"] or set(card["privacy"]["sites"]) != set(statements):
         raise BundleError(f"{folder}: the card and the statements are not about the same run and sites", hint=_ALTERED)
-    for site, statement in statements.items():
-        _check_card(folder, site, statement, card["privacy"])
+    if type(card["name"]) is not str or not card["name"].isprintable():
+        raise BundleError(f"{folder}: the card's name of the model is no line of text")
+    _check_card(folder, card, config, prompts, statements)
+    for name, value in {**settings_terms(config), "encoder_fingerprint": card["public"]["encoder_fingerprint"]}.items():
+        if about[name] != value:
+            raise BundleError(f"{folder / CONFIG}: '{name}' is not what settings and card say")
     epsilon = _recomputed(folder, card, statements) if recompute else None
     return Verified(
         folder, card, key, federation.fingerprint if federation else "", statements,
@@ -246,13 +279,21 @@ def _verify(folder: Path, releaser: str, recompute: bool) -> Verified:
     )  # fmt: skip
 
 
+def _table(content: bytes) -> dict[str, Any]:
+    """A name that stands twice could mean one thing here and another to the next reader."""
+    found = json.loads(content, object_pairs_hook=each_once)
+    if not isinstance(found, dict):
+        raise TypeError("no JSON object")
+    return found
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(manifest, files), once every file is the one that the signed manifest names, and there is no other."""
     if not folder.is_dir():
         raise BundleError(f"there is no folder {folder}")
-    if not is_bundle(folder):
+    if not (folder / MANIFEST).is_file():
         raise BundleError(
-            f"{folder} is no released model: it has no {MANIFEST}",
+            f"{folder} is no released model, or no whole copy of one: it has no {MANIFEST}",
             hint="`fedcanvas release RUN --out FOLDER` makes one",
         )
     content = _content(folder / MANIFEST, MANIFEST_BYTES)
@@ -307,7 +348,10 @@ def _there(folder: Path) -> set[str]:
 
 def _content(path: Path, most: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        # No link, whose file may be anybody's, and nothing that a read would wait for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BundleError(f"{path} is no file of its own")
             content = file.read(most + 1)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -363,19 +407,33 @@ def _check_terms(folder: Path, site: str, statement: SpendStatement, config: Run
             raise BundleError(f"{folder}: a charge of site {site} is not of a round of this run")
 
 
-def _check_card(folder: Path, site: str, statement: SpendStatement, privacy: Mapping[str, Any]) -> None:
-    """`BundleError` unless what the card says of privacy, but for epsilon, is what the site signed."""
-    told, plan = privacy["sites"][site], statement.plan
-    if told["head"] != statement.head:
-        raise BundleError(
-            f"{folder}: the statement of site {site} does not end where the card says",
-            hint="it is older than the card, or leaves charges out",
-        )
-    for name in _OF_THE_PLAN:
-        if privacy[name] != getattr(plan, name):
-            raise BundleError(f"{folder}: the card has another {name.replace('_', ' ')} than the plan of site {site}")
-    if (told["steps"], told["unsampled_releases"]) != (statement.steps, statement.unsampled):
-        raise BundleError(f"{folder}: the card has another number of steps of site {site} than its statement")
+def _check_card(
+    folder: Path, card: Mapping[str, Any], config: RunConfig, prompts: Sequence[str],
+    statements: Mapping[str, SpendStatement],
+) -> None:  # fmt: skip
+    """`BundleError` unless the card says, but for epsilon, what settings, prompts and statements make."""
+    privacy, sites = card["privacy"], card["privacy"]["sites"]
+    figures = [privacy["epsilon_max"], *(told[name] for told in sites.values() for name in _EPSILONS)]
+    if not all(type(figure) in (int, float) or figure == "inf" for figure in figures):
+        raise BundleError(f"{folder}: an epsilon of the card is no number")
+    _compare(folder, card, public_terms(config, prompts, statements), "the run")
+    for site, statement in statements.items():
+        if sites[site]["head"] != statement.head:
+            raise BundleError(
+                f"{folder}: the statement of site {site} does not end where the card says",
+                hint="it is older than the card, or leaves charges out",
+            )
+        _compare(folder, privacy, privacy_terms(config, statement.plan), f"the plan of site {site}")
+        _compare(folder, sites[site], site_terms(statement), f"the statement of site {site}")
+
+
+def _compare(folder: Path, told: Mapping[str, Any], true: Mapping[str, Any], whose: str) -> None:
+    """Every entry of `true`, nested ones too; JSON's text tells true from 1."""
+    for name, value in true.items():
+        if isinstance(value, dict):
+            _compare(folder, told[name], value, whose)
+        elif json.dumps(told[name]) != json.dumps(value):
+            raise BundleError(f"{folder}: the card has another {name.replace('_', ' ')} than {whose}")
 
 
 def _recomputed(folder: Path, card: Mapping[str, Any], statements: Mapping[str, SpendStatement]) -> float:
@@ -383,12 +441,14 @@ def _recomputed(folder: Path, card: Mapping[str, Any], statements: Mapping[str, 
     privacy, largest = card["privacy"], 0.0
     for site, statement in statements.items():
         report = statement.epsilon()
-        told = float(privacy["sites"][site]["epsilon"])
-        if not _close(told, report.epsilon):
-            raise BundleError(
-                f"{folder}: the card says epsilon {_figure(told)} for site {site}, its statement makes"
-                f" {_figure(report.epsilon)}"
-            )
+        for name in _EPSILONS:
+            told, true = float(privacy["sites"][site][name]), getattr(report, name)
+            if not _close(told, true):
+                by = "" if name == "epsilon" else f" by {name.upper()}"
+                raise BundleError(
+                    f"{folder}: the card says epsilon {_figure(told)}{by} for site {site}, its statement makes"
+                    f" {_figure(true)}"
+                )
         largest = max(largest, report.epsilon)
     if not _close(float(privacy["epsilon_max"]), largest):
         raise BundleError(f"{folder}: the card's largest epsilon is not that of its sites")
@@ -403,7 +463,7 @@ def _figure(value: float) -> str:
     return "infinite" if math.isinf(value) else f"{value:.4g}"
 
 
-def read_unverified(folder: Path) -> GeneratorModel:
+def read_unverified(folder: Path, *, text_encoder: Path | None = None) -> GeneratorModel:
     """The generator of a folder that looks like a released model, whatever its evidence; reading it runs no code.
 
     Raises:
@@ -412,7 +472,7 @@ def read_unverified(folder: Path) -> GeneratorModel:
     files = {name: _content(folder / name, most) for name, most in FIXED.items()}
     try:
         card = json.loads(files[CARD])
-        return load_bundle(Verified(folder, card, "", "", {}, "", files=files))
+        return load_bundle(Verified(folder, card, "", "", {}, "", files=files), text_encoder=text_encoder)
     except BundleError:
         raise
     except FedCanvasError as error:

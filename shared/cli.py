@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import click
@@ -46,10 +47,17 @@ ModelPlace = typer.Option(
     help="A released model, a finished run, its folder `model`, or a model that a site received.",
 )  # fmt: skip
 Releaser = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--releaser", metavar="FINGERPRINT", show_default=False,
         help="Fingerprint of the key that must have signed the model.  [default: any, which is named]",
+    ),
+]
+TextEncoderPlace = Annotated[
+    Path | None,
+    typer.Option(
+        "--text-encoder", metavar="FOLDER", show_default=False,
+        help="Where the model's text encoder lies, if it is of transformers.  [default: what its settings name]",
     ),
 ]
 LogForm = Annotated[Literal["text", "json"], typer.Option("--log-format", help="Of a line of the logs.")]

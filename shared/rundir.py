@@ -1,6 +1,6 @@
 """A run on disk: what was asked, what was spent, what came out; every file whole or absent.
 
-    config.toml prompts.txt versions.json run.json   written once, when the folder appears
+    config.toml prompts.txt versions.json lock.txt run.json   written once, when the folder appears
     spent.jsonl        one line a started round attempt, on disk before its instructions leave
     events.jsonl       public figures of every round; no clock in it, so that equal runs have equal files
     sites.json         heads of the run in the sites' ledgers, as last replies carried them, and who left and why
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
-MANIFEST, STATEMENTS = "run.json", "statements"
+MANIFEST, STATEMENTS, LOCK = "run.json", "statements", "lock.txt"
 # What the arithmetic of a run depends on; another version may give other bits.
 PACKAGES = ("torch", "numpy", "opacus", "opencv-python-headless", "flwr", "ray", "safetensors", "transformers")
 
@@ -127,6 +127,7 @@ class RunDirectory:
                 write_whole(building / "config.toml", config.to_toml().encode())
                 write_whole(building / "prompts.txt", text.encode())
                 write_whole(building / "versions.json", to_json(current_versions()))
+                write_whole(building / LOCK, installed_packages().encode())
                 for name, content in (documents or {}).items():
                     write_whole(building / name, to_json(content))
                 write_whole(building / MANIFEST, to_json(manifest))
@@ -306,6 +307,12 @@ class RunDirectory:
         """Site id to the head of the run that its last reply carried."""
         heads: dict[str, str] = self._sites()["heads"]
         return heads
+
+    @property
+    def lock_digest(self) -> str:
+        """SHA-256 of `lock.txt`; "" where an earlier release made the run."""
+        path = self.path / LOCK
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
     def sites_left(self) -> dict[str, dict[str, Any]]:
         """Site id to the round and the code of its refusal."""
@@ -558,9 +565,11 @@ class GeneratorModel:
     card: dict[str, Any]
 
 
-def load_model(path: Path) -> GeneratorModel:
+def load_model(path: Path, *, text_encoder: Path | None = None) -> GeneratorModel:
     """The released model in a run directory or in its `model/` folder; reading it runs no code.
 
+    Args:
+        text_encoder: as in `build_model`.
     Raises:
         RunDirectoryError: there is none, the run is not finished, or a file was damaged.
     """
@@ -588,17 +597,20 @@ def load_model(path: Path) -> GeneratorModel:
             hint="copy the folder again, from where it was made",
         )
     return build_model(
-        content, config=config, prompts=prompts, encoder_fingerprint=fingerprint, card=card, where=str(folder)
-    )
+        content, config=config, prompts=prompts, encoder_fingerprint=fingerprint, card=card, where=str(folder),
+        text_encoder=text_encoder,
+    )  # fmt: skip
 
 
 def build_model(
     content: bytes, *, config: RunConfig, prompts: tuple[str, ...], encoder_fingerprint: str, card: dict[str, Any],
-    where: str,
+    where: str, text_encoder: Path | None = None, local_only: bool = False,
 ) -> GeneratorModel:  # fmt: skip
     """
     Args:
         content: safetensors of the generator.
+        text_encoder: where the text encoder lies, in place of what the settings say.
+        local_only: no hub is asked for it.
         where: names the model to a person.
     Raises:
         RunDirectoryError: the weights do not fit the settings or are not finite, or the encoder is another one here.
@@ -610,11 +622,13 @@ def build_model(
     from shared.text import build_encoder
 
     config = config.replaced({"compute.device": "cpu"})  # a picture is the same wherever it is drawn
-    encoder = build_encoder(config.text)
+    text = config.text if text_encoder is None else config.text.model_copy(update={"path": str(text_encoder)})
+    encoder = build_encoder(text, local_only=local_only)
     if encoder.fingerprint != encoder_fingerprint:
         raise RunDirectoryError(
             f"the text encoder here is not the one that {where} was trained with",
-            hint="install the same encoder: text.encoder and text.path of its settings name it",
+            hint=f"its settings name {config.text.path or config.text.encoder}: get that one, or name its folder"
+            " with --text-encoder",
         )
     generator = build_generator(config, embedding_dim=encoder.dim)
     try:
@@ -673,6 +687,15 @@ def current_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def installed_packages() -> str:
+    """All packages that are installed here, `name==version` a line: the lock that this process runs with."""
+    found = {
+        f"{str(each.metadata['Name']).lower().replace('_', '-')}=={each.version}"
+        for each in importlib.metadata.distributions()
+    }
+    return "".join(f"{line}\n" for line in sorted(found))
 
 
 def _about(content: Mapping[str, Any]) -> dict[str, str]:

@@ -47,19 +47,21 @@ class CaptionEncoder(Protocol):
         ...
 
 
-ENCODERS: Registry[Callable[[TextConfig], CaptionEncoder]] = Registry(
+ENCODERS: Registry[Callable[..., CaptionEncoder]] = Registry(
     "text encoder", {"hashing": "shared.text:build_hashing", "transformers": "shared.text:build_transformers"}
 )
 
 
-def build_encoder(config: TextConfig) -> CaptionEncoder:
+def build_encoder(config: TextConfig, *, local_only: bool = False) -> CaptionEncoder:
     """The encoder that `config` names.
 
+    Args:
+        local_only: asks no hub, whatever `config` names: for settings that came from elsewhere.
     Raises:
         ConfigError: no such encoder, or `text.path` is missing.
         DataError: there is no text model at `text.path`, or parts of it are missing.
     """
-    return ENCODERS.get(config.encoder)(config)
+    return ENCODERS.get(config.encoder)(config, local_only=local_only)
 
 
 def cached_encode(encoder: CaptionEncoder, texts: Sequence[str], folder: Path) -> Tensor:
@@ -144,7 +146,7 @@ class HashingEncoder:
         return total
 
 
-def build_hashing(config: TextConfig) -> CaptionEncoder:
+def build_hashing(config: TextConfig, *, local_only: bool = False) -> CaptionEncoder:
     return HashingEncoder(config.dim)
 
 
@@ -230,31 +232,34 @@ class TransformersEncoder:
 VOLATILE_SETTINGS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
-def build_transformers(config: TextConfig) -> CaptionEncoder:
+def build_transformers(config: TextConfig, *, local_only: bool = False) -> CaptionEncoder:
     if not config.path:
         raise ConfigError(
             "text.encoder 'transformers' needs text.path",
             hint="a folder with a transformers text model, or a model id: --set text.path=openai/clip-vit-base-patch32",
         )
-    local = Path(config.path).is_dir()
-    if not local and (Path(config.path).exists() or config.path.startswith(("/", ".", "~"))):
+    path = config.path
+    local = Path(path).is_dir()
+    if not local and (Path(path).exists() or path.startswith(("/", ".", "~"))):
         raise DataError(
-            f"no folder {config.path}", hint="text.path names a folder with config.json, weights and tokenizer"
+            f"no folder {path}", hint="text.path names a folder with config.json, weights and tokenizer"
         )
     transformers = quiet_transformers()
+    if local_only and not local:
+        path, local = _in_cache(path), True
     try:
         # Nothing that comes with a model runs as code, and a folder is enough: no network for it.
         source: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-        settings = transformers.AutoConfig.from_pretrained(config.path, **source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.path, **source)
+        settings = transformers.AutoConfig.from_pretrained(path, **source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **source)
         kind, settings = _text_model(transformers, settings)
         model, report = kind.from_pretrained(
-            config.path, config=settings, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **source
+            path, config=settings, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **source
         )
     except Exception as error:  # whatever a foreign folder makes a foreign library raise
         reason = next(iter(str(error).strip().splitlines()), "")
         raise DataError(
-            f"no transformers text model at {config.path}: {type(error).__name__}: {reason}",
+            f"no transformers text model at {path}: {type(error).__name__}: {reason}",
             hint="without network text.path names a folder with config.json, weights and tokenizer, as"
             " save_pretrained writes them",
         ) from None
@@ -263,13 +268,29 @@ def build_transformers(config: TextConfig) -> CaptionEncoder:
     if missing - pooler:
         # transformers fills them with random numbers, others at each site.
         raise DataError(
-            f"the model at {config.path} lacks weights, {min(missing - pooler)} among them",
+            f"the model at {path} lacks weights, {min(missing - pooler)} among them",
             hint="save the whole model again with save_pretrained",
         )
-    check_vocabulary(model, tokenizer, config.path)
+    check_vocabulary(model, tokenizer, path)
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     return TransformersEncoder(model, tokenizer, max_tokens=config.max_tokens, unused=sorted(pooler))
+
+
+def _in_cache(name: str) -> str:
+    """Where a model of a hub lies on this machine, if it was fetched before. Asks nobody, not even who is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:
+        found = None
+    if not isinstance(found, str):
+        raise DataError(
+            f"the text model {name} is not on this machine, and settings that came from elsewhere fetch nothing",
+            hint="get it yourself if you trust that name, then say where it lies with --text-encoder",
+        )
+    return str(Path(found).parent)
 
 
 def quiet_transformers() -> Any:

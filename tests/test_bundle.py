@@ -36,6 +36,7 @@ from shared.protection.keys import SigningKey, fingerprint
 from shared.protection.statements import canonical, sign_statement
 from shared.rundir import load_model
 from shared.spend import SpendStatement
+from shared.tree import code_digest
 from simulations.shapes import make_shapes
 
 ROUNDS = 3
@@ -159,7 +160,7 @@ def test_the_key_is_made_once_for_its_owner_alone_and_a_passphrase_is_asked_for(
     assert key.stat().st_mode & 0o777 == 0o600
     assert b"ENCRYPTED" in key.read_bytes()
     assert run([*given, "--out", str(tmp_path / "two")]) == 0
-    assert "was made" not in capsys.readouterr().err
+    assert "a key to release" not in capsys.readouterr().err
     assert verify(tmp_path / "one", recompute=False).releaser == verify(tmp_path / "two", recompute=False).releaser
     assert run(["release", str(simulated / "run"), "--out", str(tmp_path / "three")]) == 10
     assert "passphrase of the key" in capsys.readouterr().err
@@ -295,7 +296,7 @@ def test_the_releaser_is_the_one_that_was_asked_for(
     assert verify(bundle, recompute=False).releaser == fingerprint(other.public.raw)
     capsys.readouterr()
     assert run(["verify", str(bundle), "--releaser", own]) == 10
-    assert f"is signed by {fingerprint(other.public.raw)}, not by {own}" in capsys.readouterr().err
+    assert f"is signed by {fingerprint(other.public.raw)}, not by '{own}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -313,11 +314,11 @@ def test_what_draws_refuses_a_model_that_another_key_or_none_signed(
     line = [word.format(folder=tmp_path) for word in command]
     own, other = fingerprint(made.releaser.public.raw), fingerprint(SigningKey.generate().public.raw)
     assert run([*line, str(bundle), "--releaser", other]) == 10
-    assert f"is signed by {own}, not by {other}" in capsys.readouterr().err
+    assert f"is signed by {own}, not by '{other}'" in capsys.readouterr().err
     # Whoever takes the signature away makes it a run of somebody's own.
     for unsigned in (made.path, made.path / "model"):
         assert run([*line, str(unsigned), "--releaser", own]) == 10
-        assert f"nobody signed it, so neither did {own}" in capsys.readouterr().err
+        assert f"nobody signed it, so neither did '{own}'" in capsys.readouterr().err
     assert run([*line, str(bundle), "--releaser", own, "--unverified"]) == 2
     assert "not verified cannot be known" in capsys.readouterr().err
     assert not (tmp_path / "pictures").exists()
@@ -596,10 +597,10 @@ def test_words_of_prompts_cannot_break_the_commands_of_the_card(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda card: card.update(federation="another"), "another federation, adjacency or number of rounds"),
-        (lambda card: card["privacy"].update(adjacency="replace"), "another federation, adjacency or number of rounds"),
-        (lambda card: card.update(simulated=False), "another federation, adjacency or number of rounds"),
-        (lambda card: card["privacy"].update(rounds=1), "another federation, adjacency or number of rounds"),
+        (lambda card: card.update(federation="another"), "another federation than the run"),
+        (lambda card: card["privacy"].update(adjacency="replace"), "another adjacency"),
+        (lambda card: card.update(simulated=False), "another simulated"),
+        (lambda card: card["privacy"].update(rounds=1), "another rounds than the plan"),
         (lambda card: card["privacy"].update(epsilon_max="3"), "an epsilon of the card is no number"),
         (lambda card: card["privacy"]["sites"]["site-0"].update(epsilon=True), "an epsilon of the card is no number"),
     ],
@@ -640,12 +641,20 @@ def test_weights_that_the_sites_did_not_sign_for_are_refused(bundle: Path, made:
     refused(bundle, "signed for other weights", recompute=False)
 
 
-def test_a_card_moves_no_cursor(bundle: Path, made: SignedRun, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_card(bundle, lambda card: card["privacy"].update(unit=card["privacy"]["unit"], trusted="\x1b[8m"))
-    edit_card(bundle, lambda card: card.update(example="\x1b[8m\n  signed by  AAAA"))
-    sign_anew(bundle, made.releaser)
-    assert run(["verify", str(bundle)]) == 0
-    assert "\x1b" not in capsys.readouterr().out
+@pytest.mark.parametrize("where", ["name", "example", "file"])
+def test_what_came_from_elsewhere_moves_no_cursor(
+    bundle: Path, made: SignedRun, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "\x1b[8m\n  signed by  AAAA"
+    if where == "file":
+        (bundle / words).touch()
+    else:
+        edit_card(bundle, lambda card: card.update({where: words}))
+        sign_anew(bundle, made.releaser)
+    assert run(["verify", str(bundle)]) == 10
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert not any(line.startswith("  signed by") for line in err.splitlines())
 
 
 # ---- what a release itself refuses
@@ -660,6 +669,146 @@ def test_a_charge_after_the_last_answer_that_came_does_not_keep_a_run_from_being
     assert found.statements["site-1"].steps > found.statements["site-0"].steps
     sites = found.card["privacy"]["sites"]
     assert sites["site-1"]["epsilon"] > sites["site-0"]["epsilon"]  # and it counts
+
+
+def leaves(table: dict[str, Any], *above: str) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for name, value in table.items():
+        found += leaves(value, *above, name) if isinstance(value, dict) and value else [(*above, name)]
+    return found
+
+
+def test_all_that_follows_from_settings_prompts_and_statements_is_compared(bundle: Path, made: SignedRun) -> None:
+    """Whoever releases a model cannot say otherwise; what only they know is named by `verify`."""
+    original = json.loads((bundle / "card.json").read_text())
+    of_the_releaser = {
+        ("fedcanvas",), ("name",), ("lock_digest",), ("warning",), ("sites_that_left",),
+        ("public", "front_end_fingerprint"), *(place for place in leaves(original) if place[0] == "versions"),
+    }  # fmt: skip
+    for place in leaves(original):
+        card = json.loads(json.dumps(original))
+        inside = card
+        for name in place[:-1]:
+            inside = inside[name]
+        value = inside[place[-1]]
+        other = {bool: not value, int: 7, float: 0.123, str: "another", list: ["another"], type(None): 1.0}
+        inside[place[-1]] = {"site-9": {}} if isinstance(value, dict) else other[type(value)]
+        (bundle / "card.json").write_text(json.dumps(card))
+        sign_anew(bundle, SigningKey.generate())
+        if place in of_the_releaser:
+            verify(bundle, recompute=False)
+        else:
+            refused(bundle, ".")
+    trusted = " ".join(verify(sign_original(bundle, original), recompute=False).trusted)
+    assert all(word in trusted for word in ("README.md", "versions", "lock", "front end", "sites that left"))
+
+
+def sign_original(bundle: Path, card: dict[str, Any]) -> Path:
+    (bundle / "card.json").write_text(json.dumps(card))
+    sign_anew(bundle, SigningKey.generate())
+    return bundle
+
+
+@pytest.mark.parametrize("name", ["card.json", "config.json"])
+def test_a_name_that_stands_twice_is_refused(bundle: Path, name: str) -> None:
+    text = (bundle / name).read_text()
+    (bundle / name).write_text('{"name": "first", "run": {},' + text.lstrip()[1:])
+    sign_anew(bundle, SigningKey.generate())
+    refused(bundle, "cannot be read", recompute=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [("", "there is no prompt"), ("a" * 600 + "\n", "has 600 characters"), ("x\n\ny\n", "is empty")],
+    ids=["none", "long", "blank"],
+)
+def test_prompts_that_are_none_are_refused(bundle: Path, prompts: str, said: str) -> None:
+    (bundle / "prompts.txt").write_text(prompts)
+    sign_anew(bundle, SigningKey.generate())
+    refused(bundle, said, recompute=False)
+
+
+def test_a_copy_without_its_manifest_is_said_to_be_no_whole_one(bundle: Path) -> None:
+    (bundle / MANIFEST).unlink()
+    refused(bundle, "no whole copy")
+    with pytest.raises(BundleError, match="no whole copy"):
+        Generator.load(bundle)
+    assert Generator.load(bundle, unverified=True).unverified
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_file_is_not_even_read_unverified(bundle: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "elsewhere").write_text("a prompt of somebody else\n")
+    (bundle / "prompts.txt").unlink()
+    if kind == "link":
+        (bundle / "prompts.txt").symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(bundle / "prompts.txt")  # a reader would wait for ever
+    with pytest.raises(BundleError, match=r"prompts\.txt"):
+        Generator.load(bundle, unverified=True)
+    refused(bundle, "neither a file of a released model")
+
+
+def test_what_does_not_verify_is_never_written(tmp_path: Path) -> None:
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
+    made.state("site-1", charges_of(made.run.config), weights="d" * 64)
+    with pytest.raises(BundleError, match="site site-1 signed for other weights"):
+        made.release(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_fingerprint_is_compared_as_people_write_it_down(bundle: Path, made: SignedRun) -> None:
+    key = fingerprint(made.releaser.public.raw)
+    for written in (key, key.upper(), key.replace(" ", "-"), key.replace(" ", ""), f" {key}\n"):
+        assert verify(bundle, releaser=written, recompute=False).releaser == key
+    for written in ("", " ", key[:-1], key + "a"):
+        with pytest.raises(BundleError, match="not by"):
+            verify(bundle, releaser=written, recompute=False)
+
+
+def test_a_simulated_model_says_everywhere_that_it_protects_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
+    made.releaser.write(tmp_path / "key.pem")
+    out = tmp_path / "model"
+    assert run(["release", str(made.path), "--key", str(tmp_path / "key.pem"), "--out", str(out)]) == 0
+    assert "do not share it if it was made of private data" in capsys.readouterr().err
+    assert run(["verify", str(out)]) == 0
+    said = "protects nobody's records"
+    assert said in capsys.readouterr().out
+    assert said in (out / "README.md").read_text()
+    assert said in json.loads((out / "card.json").read_text())["warning"]
+    real = signed_run(tmp_path / "federation/runs/a", {"privacy.sampling-rate": 1.0}, deployed=True)
+    bundle = real.release(tmp_path / "real")
+    assert not any(said in (bundle / name).read_text() for name in ("README.md", "card.json"))
+    assert not any(said in line for line in verify(bundle, recompute=False).trusted)
+
+
+def test_verify_names_the_code_of_the_sites_and_whether_it_is_what_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
+    assert run(["verify", str(made.release(tmp_path / "model"))]) == 0
+    assert f"{CODE[:16]}; another release than is installed here" in capsys.readouterr().out
+    here = code_digest(Path(__file__).resolve().parents[1])
+    for site in made.sites:
+        made.state(site, charges_of(made.run.config), code_digest=here)
+    assert run(["verify", str(made.release(tmp_path / "again"))]) == 0
+    assert f"{here[:16]}, which is installed here" in capsys.readouterr().out
+
+
+def test_a_runs_own_model_cannot_pass_for_a_verified_one(tmp_path: Path) -> None:
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0})
+    card = made.path / "model/model.json"
+    about = json.loads(card.read_text())
+    honest = Generator.load(made.path).provenance["epsilon"]
+    about["privacy"] = {"epsilon_max": 0.1, "delta": 1e-9, "unit": "example", "adjacency": "add/remove", "sites": {}}
+    card.write_text(json.dumps(about))
+    generator = Generator.load(made.path)
+    assert not generator.verified
+    assert generator.provenance["epsilon"] == honest != "0.1"
+    assert Generator.load(made.release(tmp_path / "model")).verified
 
 
 def test_what_is_not_whole_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

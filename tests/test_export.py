@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,8 +28,9 @@ from fedcanvas import Generator
 from server import export
 from server.export import export_onnx
 from shared import disk
+from shared.bundle import verify
 from shared.cli import run
-from shared.errors import DataError, RunDirectoryError, UsageError
+from shared.errors import DataError, FedCanvasError, RunDirectoryError, UsageError
 from shared.models import draw_latents
 from shared.text import FUNCTION_WORDS, TransformersEncoder
 
@@ -280,6 +284,55 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("clip").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.mark.slow
+def test_a_text_encoder_that_lies_elsewhere_is_named_and_another_one_is_refused(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    place = shutil.copytree(pretrained, tmp_path / "clip")
+    settings = {"text.encoder": "transformers", "text.path": str(place), "text.max-tokens": 6}
+    made = signed_run(tmp_path / "runs/a", {"privacy.sampling-rate": 1.0, **settings})
+    bundle = made.release(tmp_path / "model")
+    assert any("is not in this folder" in line for line in verify(bundle, recompute=False).trusted)
+    expected = Generator.load(bundle).generate(["a red circle"], seed=4)[0]
+    place.rename(tmp_path / "moved")
+    for model in (bundle, made.path):
+        with pytest.raises(FedCanvasError, match="no folder"):
+            Generator.load(model)
+        (found,) = Generator.load(model, text_encoder=tmp_path / "moved").generate(["a red circle"], seed=4)
+        assert np.array_equal(found.array, expected.array)
+    other = tiny_model("clip")
+    for weights in other.parameters():
+        weights.data += 1
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(FedCanvasError, match="is not the one that"):
+        Generator.load(bundle, text_encoder=tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local_only", [True, False])
+def test_settings_that_came_from_elsewhere_make_nobody_ask_a_hub(local_only: bool) -> None:
+    """False shows that the question would be heard."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        code = (
+            "from shared.config import TextConfig\nfrom shared.text import build_encoder\n"
+            f"build_encoder(TextConfig(encoder='transformers', path='somebody/tracker'), local_only={local_only})"
+        )
+        named = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": named, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+        asking = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+        hub.settimeout(0.2)
+        asked = False
+        while asking.poll() is None and not asked:
+            with contextlib.suppress(TimeoutError):
+                hub.accept()[0].close()
+                asked = True
+        asking.kill()
+        _, said = asking.communicate()
+    assert asked is not local_only
+    assert asked or "somebody/tracker is not on this machine" in said
 
 
 @pytest.mark.slow

@@ -235,6 +235,12 @@ def fingerprint(content: bytes) -> str:
     return " ".join(letters[4 * place : 4 * place + 4] for place in range(GROUPS))
 
 
+def same_fingerprint(one: str, other: str) -> bool:
+    """However people wrote them down: in capitals, with dashes, without blanks. A text without letters is none."""
+    first, second = (re.sub(r"[\s:-]", "", text).lower() for text in (one, other))
+    return first == second and len(first) == 4 * GROUPS
+
+
 def to_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 

@@ -73,7 +73,7 @@ def _parse(content: bytes, what: str, most_bytes: int) -> dict[str, Any]:
         raise TrustError(f"{what} is longer than {most_bytes} bytes")
     try:
         # A name that stands twice could mean one thing to who signed and another to who reads.
-        table = json.loads(content, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_refuse)
+        table = json.loads(content, object_pairs_hook=each_once, parse_constant=_refuse, parse_float=_refuse)
     except (ValueError, RecursionError) as error:
         raise TrustError(f"{what} is no JSON: {error}") from None
     if not isinstance(table, dict):
@@ -81,7 +81,8 @@ def _parse(content: bytes, what: str, most_bytes: int) -> dict[str, Any]:
     return table
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: `ValueError` where a name stands twice in an object."""
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name stands twice")
