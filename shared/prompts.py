@@ -8,6 +8,7 @@ Not covered: whether the person who wrote the file copied it from captions. Prom
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,14 +55,19 @@ class PromptPool:
         """Reads a file of prompts; a prompt that stands in it twice counts once.
 
         Raises:
-            DataError: the file is missing, too large or not UTF-8.
+            DataError: the file is missing, no regular file, too large or not UTF-8.
             PromptError: it holds no prompt, too many, or one that is too long; the line is named.
         """
         hint = "a text file, UTF-8, one public prompt a line; never made from captions, which are private"
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
+            # A device says that it has no bytes and never ends; to open a pipe waits for whoever writes.
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise DataError(f"{path} cannot be read as prompts: it is no regular file", hint=hint)
+            with path.open("rb") as file:
+                encoded = file.read(MAX_FILE_BYTES + 1)
+            if len(encoded) > MAX_FILE_BYTES:
                 raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", hint=hint)
-            content = path.read_text(encoding="utf-8-sig")
+            content = encoded.decode("utf-8-sig")
         except FileNotFoundError:
             raise DataError(f"no file of prompts at {path}", hint=hint) from None
         except (OSError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,29 @@ def test_a_missing_a_binary_and_a_huge_file_are_refused(tmp_path: Path) -> None:
         file.truncate(2**26 + 1)
     with pytest.raises(DataError, match="larger than 64 MiB"):
         PromptPool.from_file(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_is_no_regular_file_is_refused_without_reading_it(tmp_path: Path, kind: str) -> None:
+    # Read without a bound the device fills the memory; to open a pipe that nobody writes to waits for ever.
+    path = {"device": Path("/dev/zero"), "pipe": tmp_path / "pipe", "folder": tmp_path}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(DataError, match="cannot be read as prompts: it is no regular file"):
+        PromptPool.from_file(path)
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_up_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.prompts.MAX_FILE_BYTES", 2**20)
+    path = write(tmp_path, "a cat\n")
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.truncate(2**20 + 1)
+    monkeypatch.setattr(Path, "stat", lambda self, **_: before)  # its size as it was
+    with pytest.raises(DataError, match="larger than 1 MiB"):
+        PromptPool.from_file(path)
 
 
 def test_a_pool_holds_at_most_what_a_message_may_carry(tmp_path: Path) -> None:
