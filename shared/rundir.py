@@ -44,8 +44,9 @@ import numpy as np
 from shared import __version__, disk
 from shared.config import RunConfig
 from shared.disk import fsync_file, fsync_folder, write_whole
-from shared.errors import BudgetExhausted, RunDirectoryError
+from shared.errors import BudgetExhausted, PromptError, RunDirectoryError
 from shared.plain import plain
+from shared.prompts import PromptPool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,9 @@ KEPT_CHECKPOINTS = 2
 MANIFEST, STATEMENTS, LOCK = "run.json", "statements", "lock.txt"
 # What the arithmetic of a run depends on; another version may give other bits.
 PACKAGES = ("torch", "numpy", "opacus", "opencv-python-headless", "flwr", "ray", "safetensors", "transformers")
+
+# What a damaged or foreign model.json makes of the lines that read it.
+_NO_CARD = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 EntropyKind = Literal["seeded", "system"]
 
@@ -588,9 +592,17 @@ def load_model(path: Path, *, text_encoder: Path | None = None) -> GeneratorMode
         content = (folder / "generator.safetensors").read_bytes()
         intact = hashlib.sha256(content).hexdigest() == card["files"]["generator.safetensors"]
         config = RunConfig.from_table(card["config"], origin=str(folder / "model.json"))
-        prompts, fingerprint = tuple(card["prompts"]), str(card["encoder_fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(card["prompts"], list):
+            raise TypeError("its prompts are no list")  # a text would pass for prompts of one letter
+        prompts, fingerprint = PromptPool(tuple(card["prompts"])).texts, str(card["encoder_fingerprint"])
+        _check_cost(card)
+    except OSError as error:
         raise RunDirectoryError(f"the model in {folder} cannot be read: {error}") from None
+    except (*_NO_CARD, PromptError) as error:
+        raise RunDirectoryError(
+            f"{folder / 'model.json'} is damaged: {type(error).__name__}: {error}",
+            hint="copy the folder again, from where it was made",
+        ) from None
     if not intact:
         raise RunDirectoryError(
             f"{folder / 'generator.safetensors'} is not the file that model.json names",
@@ -600,6 +612,21 @@ def load_model(path: Path, *, text_encoder: Path | None = None) -> GeneratorMode
         content, config=config, prompts=prompts, encoder_fingerprint=fingerprint, card=card, where=str(folder),
         text_encoder=text_encoder,
     )  # fmt: skip
+
+
+def _check_cost(card: Mapping[str, Any]) -> None:
+    """Raises unless what the card says of its cost in privacy, if anything, is of the types that `save_model` wrote."""
+    spent, plan = card.get("spent") or {}, card.get("plan", {})
+    if not isinstance(spent, dict) or not isinstance(plan, dict):
+        raise TypeError("'spent' and 'plan' are no tables")
+    if not spent:
+        return
+    for name in ("epsilon", "delta"):
+        figure = spent[name]
+        if not (type(figure) in (int, float) or figure == "inf") or not float(figure) >= 0:
+            raise ValueError(f"'spent.{name}' is no number from 0")
+    if not all(isinstance(spent[name], str) for name in ("unit", "adjacency")):
+        raise TypeError("'spent' names no unit or adjacency")
 
 
 def build_model(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +21,7 @@ from server.sheet import contact_sheet
 from shared.cli import run
 from shared.config import RunConfig
 from shared.data.encoding import encode_png
-from shared.errors import RunDirectoryError
+from shared.errors import ConfigError, RunDirectoryError
 from shared.models import build_discriminator, build_generator
 from shared.privacy.accounting import EpsilonReport, spent_epsilon
 from shared.privacy.plan import make_plan
@@ -149,6 +151,37 @@ def test_a_damaged_model_is_refused(tmp_path: Path, file: str, capsys: pytest.Ca
     content[len(content) // 2] ^= 0xFF
     damaged.write_bytes(content)
     assert run(["generate", "a star", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "p")]) == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prompts", []), ("prompts", "a red circle"), ("prompts", ["a", 3]), ("prompts", [["a"]]),
+        ("prompts", ["a\nb"]), ("prompts", [" a"]), ("prompts", {"a": 1}), ("prompts", None),
+        ("spent", [1]), ("spent", "x"), ("spent", {"delta": 1e-4}), ("plan", "x"), ("plan", None),
+        ("spent.epsilon", "x"), ("spent.epsilon", None), ("spent.epsilon", True), ("spent.epsilon", [1]),
+        ("spent.epsilon", float("nan")), ("spent.epsilon", -1), ("spent.epsilon", 10**400), ("spent.delta", "x"),
+        ("spent.unit", 3), ("spent.adjacency", None), ("files", "x"), ("files", []), ("config", 3),
+    ],
+)  # fmt: skip
+def test_a_card_of_other_types_is_refused_when_the_model_is_read(
+    model: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    shutil.copytree(model / "model", tmp_path / "model")
+    card = json.loads((tmp_path / "model/model.json").read_text())
+    place, _, name = key.rpartition(".")
+    (card[place] if place else card)[name] = value
+    (tmp_path / "model/model.json").write_text(json.dumps(card))
+    with pytest.raises((RunDirectoryError, ConfigError), match=re.escape(str(tmp_path / "model/model.json"))):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", "", "{", '{"files": {}}'])
+def test_a_card_that_is_no_table_is_refused_when_the_model_is_read(model: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(model / "model", tmp_path / "model")
+    (tmp_path / "model/model.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"model\.json is damaged"):
+        load_model(tmp_path / "model")
 
 
 def test_names_of_files_hold_no_separator_and_differ_where_prompts_differ() -> None:
