@@ -17,7 +17,7 @@ import json
 import operator
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,20 +167,23 @@ class Generator:
         return int(self.model.config.data.image_size)
 
     def generate(
-        self, prompts: Sequence[str], *, n: int = 1, seed: int = 0, truncation: float = 1.0
+        self, prompts: Iterable[str], *, n: int = 1, seed: int = 0, truncation: float = 1.0
     ) -> list[Picture]:
         """`n` pictures of each prompt, prompt by prompt.
 
         Args:
+            prompts: a list, or whatever else gives one text after another.
             seed: a whole number from 0 to 2**63 - 1. Another one, other pictures.
             truncation: from 0 to 1: latents are multiplied by it. Lower is more typical and less varied.
         Raises:
             PromptError: a prompt is empty, too long or no line of text.
             UsageError: an argument is out of range.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        # Once: an iterator has nothing left for a second look.
+        asked = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else None
+        if asked is None or not all(isinstance(prompt, str) for prompt in asked):
             raise UsageError("the prompts are no list of texts", hint='for example generate(["a large red circle"])')
-        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        cleaned = [clean_prompt(prompt) for prompt in asked]
         n = _whole(n, "a number of pictures", 1, MOST_PICTURES)
         if len(cleaned) * n > MOST_PICTURES:
             raise UsageError(f"{len(cleaned)} prompts times {n} pictures", hint=f"at most {MOST_PICTURES} in all")
@@ -207,6 +210,7 @@ class Generator:
 
         if not isinstance(truncation, int | float | np.floating) or not 0.0 <= truncation <= 1.0:
             raise UsageError(f"a truncation of {truncation} is not between 0 and 1")
+        truncation = float(truncation)  # a numpy scalar would take the tensor for its array
         seeds = [_whole(seed, "a seed", 0, MOST_SEED) for seed in seeds]
         indices = [_whole(index, "a picture's index", 0, MOST_SEED) for index in indices]
         if not prompts:
@@ -230,8 +234,9 @@ class Generator:
         return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
     def about(self, prompt: str, *, seed: int, index: int, truncation: float) -> dict[str, str]:
-        """What the file of a picture says of it."""
-        found = {"prompt": prompt, "seed": str(seed), "index": str(index), "truncation": f"{truncation:g}"}
+        """What the file of a picture says of it: with the model that it names, enough to draw it again."""
+        factor = repr(float(truncation)).removesuffix(".0")  # all its digits
+        found = {"prompt": prompt, "seed": str(int(seed)), "index": str(int(index)), "truncation": factor}
         return {**found, **self.provenance}
 
     @cached_property

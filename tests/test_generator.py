@@ -125,6 +125,27 @@ def test_a_png_says_which_prompt_seed_and_model_made_it_at_which_epsilon(generat
     assert picture.png() == generator.generate([PROMPTS[1]], seed=MOST_SEED)[0].png()
 
 
+@pytest.mark.parametrize(
+    ("seed", "truncation", "said"),
+    [
+        (True, 1, ("1", "1")), (np.int64(7), 0.12345678, ("7", "0.12345678")), (7, 0.0, ("7", "0")),
+        (3, np.float32(0.3), ("3", "0.30000001192092896")), (3, 1 / 3, ("3", "0.3333333333333333")),
+        (3, 1e-7, ("3", "1e-07")), (3, True, ("3", "1")),
+    ],
+)  # fmt: skip
+def test_a_picture_can_be_drawn_again_from_what_its_file_says(
+    generator: Generator, seed: Any, truncation: Any, said: tuple[str, str]
+) -> None:
+    *_, picture = generator.generate([PROMPTS[0]], n=2, seed=seed, truncation=truncation)
+    about = picture.about
+    assert (about["seed"], about["truncation"]) == said
+    # As a person would: the texts of the file, read as numbers.
+    again = generator.generate(
+        [about["prompt"]], n=int(about["index"]) + 1, seed=int(about["seed"]), truncation=float(about["truncation"])
+    )
+    assert again[-1].png() == picture.png()
+
+
 def test_the_seed_changes_pictures_and_truncation_0_gives_one_picture_for_all_seeds(generator: Generator) -> None:
     one, other = (arrays(generator.generate(PROMPTS, n=3, seed=seed)) for seed in (1, 2))
     assert apart(one, other) > 1
@@ -162,10 +183,16 @@ def test_a_prompt_that_is_none_is_named(generator: Generator, prompt: str, said:
         generator.generate(["a", prompt])
 
 
-@pytest.mark.parametrize("prompts", ["a red circle", [3], [b"a"]])
+@pytest.mark.parametrize("prompts", ["a red circle", b"a red circle", [3], [b"a"], [None], None, 3])
 def test_one_text_in_place_of_a_list_is_not_taken_letter_by_letter(generator: Generator, prompts: Any) -> None:
     with pytest.raises(UsageError, match="no list of texts"):
         generator.generate(prompts)
+
+
+def test_prompts_may_come_one_after_another(generator: Generator) -> None:
+    expected = arrays(generator.generate(PROMPTS, n=2, seed=3))
+    for prompts in ((prompt for prompt in PROMPTS), iter(PROMPTS), dict.fromkeys(PROMPTS), tuple(PROMPTS)):
+        assert (arrays(generator.generate(prompts, n=2, seed=3)) == expected).all()
 
 
 def test_no_prompts_give_no_pictures(generator: Generator) -> None:
