@@ -97,6 +97,37 @@ def test_the_folder_alone_draws_the_models_pictures(
         assert about == picture.about
 
 
+@pytest.mark.parametrize("truncation", ["0.12345678", "1e-07", "1"])
+def test_a_picture_says_with_how_much_it_was_drawn_to_the_last_digit(
+    place: Path, tmp_path: Path, truncation: str
+) -> None:
+    ((_, about),) = drawn_alone(place / "onnx", tmp_path, "a", "--truncation", truncation)
+    assert about["truncation"] == truncation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a", "--truncation", "nan"], "--truncation 0 to 1"), (["a", "--truncation", "1.1"], "--truncation 0 to 1"),
+        (["a", "--truncation", "-1"], "--truncation 0 to 1"), (["a", "--truncation", "x"], "invalid float"),
+        (["a", "--seed", "-1"], "--seed 0 to 2^63 - 1"), (["a", "--seed", str(2**63)], "--seed 0 to 2^63 - 1"),
+        (["a", "--seed", "1.5"], "invalid int"), (["a", "--n", "0"], "--n is 1 to"),
+        (["a", "--n", "-2"], "--n is 1 to"), (["a", "--n", "100001"], "--n is 1 to"),
+        (["a", " "], "no prompt is empty"), ([""], "no prompt is empty"),
+    ],
+)  # fmt: skip
+def test_what_the_script_cannot_draw_it_refuses_as_the_command_does(
+    place: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    # Without the exit code of a usage error nothing could tell it from a graph that broke.
+    command = [sys.executable, "-I", "-W", "error", str(place / "onnx/generate.py"), *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 64, 130])
 def test_the_graph_takes_any_number_of_pictures(place: Path, generator: Generator, count: int) -> None:
     session = onnxruntime.InferenceSession(str(place / "onnx/generator.onnx"))
