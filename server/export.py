@@ -50,12 +50,15 @@ def export_onnx(generator: Generator, out: Path) -> int:
     Raises:
         UsageError: the packages for it are not installed, or the text encoder is none that torch can export.
         DataError: the text encoder's tokenizer is of Python code.
-        RunDirectoryError: `out` is there or cannot be written, or the graph draws other pictures.
+        RunDirectoryError: `out` is there or cannot be written, the model has no prompts, or the graph draws other
+            pictures.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UsageError(f"an export needs {', '.join(missing)}", hint="pip install 'fedcanvas[export]'")
     if out.exists():
         raise RunDirectoryError(f"{out} is there already", hint="name a new folder: nothing is written over")
+    if not generator.prompts:
+        raise RunDirectoryError("the model names no prompt that it was trained on", hint="get it again, whole")
     encoder = generator.model.encoder
     files = {GRAPH: _graph(generator)}
     rows: Callable[[Sequence[str]], Tensor] = encoder.encode

@@ -294,6 +294,15 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(
 
 
 @pytest.mark.usefixtures("_quick")
+def test_a_model_without_prompts_is_not_exported(generator: Generator, tmp_path: Path) -> None:
+    # What draws could be had, but neither its README nor the comparison has a prompt then.
+    other = Generator(replace(generator.model, prompts=()), name="x", digest="0" * 64, line="")
+    with pytest.raises(RunDirectoryError, match="names no prompt"):
+        export_onnx(other, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_quick")
 def test_a_graph_that_draws_other_pictures_is_not_written(
     place: Path, tmp_path: Path
 ) -> None:
