@@ -52,10 +52,10 @@ def generate(
 ) -> None:
     """Draw pictures of each PROMPT with a trained model. A released model is verified first, or refused.
 
-    Writes one PNG a picture, named by prompt and number, and a contact sheet; each file says in its text entries which
-    prompt, seed and model made it, at which epsilon. Picture number i of a prompt depends
-    on the seed and i alone: a larger --n only adds to the others. With --total, picture i is of the prompts in
-    turn: with the run's own prompts.txt and --seed 1 those that `fedcanvas evaluate` measures.
+    Writes one PNG a picture, named by prompt and number, and a contact sheet; each picture says in its text entries
+    which prompt, seed and model made it, at which epsilon, and the sheet says all of that but the prompt. Picture
+    number i of a prompt depends on the seed and i alone: a larger --n only adds to the others. With --total, picture i
+    is of the prompts in turn: with the run's own prompts.txt and --seed 1 those that `fedcanvas evaluate` measures.
     """
     from server.generator import Generator, Picture
     from server.sheet import SheetCell, contact_sheet
@@ -102,7 +102,9 @@ def generate(
     notes = [f"epsilon {privacy['epsilon_max']:.3g} per site, {privacy['adjacency']} one {privacy['unit']}"]
     if released.unverified:
         notes.insert(0, "NOT VERIFIED: what this model says of itself may be false")
-    write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=notes))
+    common = released.about("", seed=seed, index=0, truncation=truncation)
+    del common["prompt"], common["index"]  # of each picture
+    write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=notes, about=common))
     if as_json:
         result: dict[str, Any] = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}
         result |= {"drawn_as": drawn_as} if describe else {}

@@ -10,7 +10,7 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 SIDE = 64  # a picture is enlarged to about this many pixels
 GAP = 4
@@ -49,11 +50,13 @@ class SheetCell:
 
 
 def contact_sheet(
-    cells: Sequence[SheetCell], *, title: str, notes: Sequence[str] = (), least_width: int = 0
+    cells: Sequence[SheetCell], *, title: str, notes: Sequence[str] = (), least_width: int = 0,
+    about: Mapping[str, str] | None = None,
 ) -> bytes:  # fmt: skip
     """A PNG of all cells in reading order, `title` and `notes` above them.
 
     Args:
+        about: text entries of the file.
         least_width: of a cell, in pixels: a single picture is narrower than most prompts.
     """
     assert cells
@@ -84,8 +87,11 @@ def contact_sheet(
         if real:
             canvas[top : top + step - GAP, after - (BETWEEN + GAP) // 2] = 150  # the line between the two
         words += [(part, left, top + step + LINE * (line + 1) - 6, False) for line, part in enumerate(text)]
+    entries = PngInfo()
+    for key, value in (about or {}).items():
+        entries.add_itxt(key, value)
     out = io.BytesIO()
-    _with_words(canvas, words).save(out, "PNG")
+    _with_words(canvas, words).save(out, "PNG", pnginfo=entries)
     return out.getvalue()
 
 

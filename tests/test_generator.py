@@ -19,6 +19,7 @@ from signed_release import signed_run
 
 from fedcanvas import Generator, Picture
 from server.generator import MOST_SEED, ROWS
+from server.sheet import contact_sheet
 from shared.cli import run
 from shared.errors import BundleError, PromptError, RunDirectoryError, UsageError
 
@@ -111,6 +112,9 @@ def test_the_command_writes_the_pictures_of_the_python_call(
         with Image.open(file) as read:
             assert apart(np.asarray(read), picture.array) <= 1
             assert read.info == picture.about
+    with Image.open(tmp_path / "sheet.png") as sheet:  # what all of them share
+        assert sheet.info == {key: value for key, value in pictures[0].about.items() if key not in ("prompt", "index")}
+        assert {"seed", "truncation", "model", "epsilon", "delta", "unit", "software"} == sheet.info.keys()
 
 
 def test_a_png_says_which_prompt_seed_and_model_made_it_at_which_epsilon(generator: Generator) -> None:
@@ -234,14 +238,16 @@ def test_unverified_takes_it_and_marks_every_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     notes: list[str] = []
-    monkeypatch.setattr("server.sheet.contact_sheet", lambda *a, **k: (notes.extend(k["notes"]), b"")[1])
+    monkeypatch.setattr(
+        "server.sheet.contact_sheet", lambda *a, **k: (notes.extend(k["notes"]), contact_sheet(*a, **k))[1]
+    )
     given = ["generate", *PROMPTS, "--model", str(altered), "--out", str(tmp_path / "p"), "--n", "2"]
     assert run([*given, "--unverified"]) == 0
     assert f"{altered}: NOT VERIFIED" in capsys.readouterr().err
     assert notes[0].startswith("NOT VERIFIED")
     files = [file for file in (tmp_path / "p").iterdir() if file.name != "sheet.png"]
     assert len(files) == 6
-    for file in files:
+    for file in [*files, tmp_path / "p/sheet.png"]:
         with Image.open(file) as read:
             assert read.info["warning"] == "UNVERIFIED"
             assert read.info["model"] != generator.digest

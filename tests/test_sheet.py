@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.ft2font import FT2Font
+from PIL import Image
 
 from server import sheet
 from server.evaluation import shown_prompts
@@ -98,6 +100,13 @@ def test_letters_that_pillow_draws_are_in_both_fonts_and_stand_where_matplotlib_
             rows, columns = np.nonzero((pixels < 128).any(axis=2))
             boxes.append(np.array([rows.min(), rows.max(), columns.min(), columns.max()]))
         assert np.abs(boxes[0] - boxes[1]).max() <= 2, boxes
+
+
+def test_a_sheet_says_what_it_is_told_to_and_keeps_its_pixels() -> None:
+    cells, about = [SheetCell("a prompt", np.stack([picture(1)]))], {"seed": "1", "unit": "红色的圆"}
+    with Image.open(io.BytesIO(contact_sheet(cells, title="t", about=about))) as told:
+        assert told.info == about
+        assert np.array_equal(np.asarray(told), decoded(contact_sheet(cells, title="t")))
 
 
 def test_equal_pictures_give_equal_bytes() -> None:
