@@ -10,14 +10,16 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shared.cli import AsJson, ModelPlace, Releaser, TextEncoderPlace, new_app, printable, say
 from shared.errors import UsageError
+
+if TYPE_CHECKING:
+    from server.prompting import Description, PromptPipeline
 
 MOST_PICTURES = 100_000
 SLUG_CHARACTERS = 60
@@ -63,7 +65,7 @@ def generate(
     from shared.prompts import PromptPool, clean_prompt
     from shared.rundir import to_json
 
-    asked = [clean_prompt(prompt) for prompt in prompts or []]
+    asked = list(prompts or []) if describe else [clean_prompt(prompt) for prompt in prompts or []]
     if prompts_file is not None:
         asked += PromptPool.from_file(prompts_file).texts
     asked = list(dict.fromkeys(asked))
@@ -77,12 +79,22 @@ def generate(
         model, releaser=releaser, unverified=unverified, text_encoder=text_encoder
     )
     say(released.line)
-    drawn_as = _described(asked, released.prompts) if describe else {prompt: prompt for prompt in asked}
+    unknown_words: dict[str, list[str]] = {}
+    drawn_as = {text: text for text in asked}
+    for text in asked:
+        if describe:
+            description = _described(text, released.pipeline)
+            drawn_as[text] = description.description
+        unknown_words |= description.unknown if describe else released.unknown_words(text)
     asked = list(dict.fromkeys(drawn_as.values()))
     known = set(released.prompts)
     unknown = [prompt for prompt in asked if prompt not in known]
     if unknown:
         say(f"note: {len(unknown)} of {len(asked)} prompts were not among the {len(known)} it was trained on")
+    if unknown_words:
+        from server.prompting import list_unknown
+
+        say(f"note: words that it was not trained on: {printable(list_unknown(unknown_words))}")
 
     made: list[dict[str, Any]] = []
     cells = []
@@ -107,6 +119,7 @@ def generate(
     write_whole(sheet, contact_sheet(cells[:200], title=f"{model}, seed {seed}", notes=notes, about=common))
     if as_json:
         result: dict[str, Any] = {"model": str(model), "seed": seed, "sheet": str(sheet), "pictures": made}
+        result["unknown_words"] = unknown_words
         result |= {"drawn_as": drawn_as} if describe else {}
         typer.echo(to_json(result).decode(), nl=False)
     else:
@@ -135,18 +148,11 @@ def report(
     typer.echo(json.dumps({"run": str(run), "report": str(file)}) if as_json else f"{file}: open it in a browser")
 
 
-def _described(texts: list[str], prompts: Sequence[str]) -> dict[str, str]:
-    """Each text to the sentence that is drawn for it, which a person is told."""
-    from server.prompting import PromptPipeline
-
-    pipeline = PromptPipeline(prompts)
-    found = {}
-    for text in texts:
-        description = pipeline.describe(text)
-        found[text] = description.description
-        if description.description != text:
-            note = description.stages[-1].note
-            say(f"'{printable(text)}' is drawn as '{description.description}'  [{printable(note)}]")
+def _described(text: str, pipeline: PromptPipeline) -> Description:
+    """What is drawn for `text`, which a person is told."""
+    found = pipeline.describe(text)
+    if found.description != text:
+        say(f"'{printable(text)}' is drawn as '{found.description}'  [{printable(found.stages[-1].note)}]")
     return found
 
 

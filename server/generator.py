@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from server.prompting import PromptPipeline
+
 MOST_SEED = 2**63 - 1
 MOST_PICTURES = 100_000
 ROWS = 8  # of every forward: kernels differ with the number of rows, and with them the last bit of a picture
@@ -165,6 +167,25 @@ class Generator:
     def size(self) -> int:
         """Pixels of a side; it draws no other."""
         return int(self.model.config.data.image_size)
+
+    @cached_property
+    def pipeline(self) -> PromptPipeline:
+        """Says a text in the model's own words, by rules: what `describe` of it gives can be drawn."""
+        from server.prompting import PromptPipeline  # tables of words: a prompt in the model's words needs none
+
+        return PromptPipeline(self.prompts)
+
+    def unknown_words(self, prompt: str) -> dict[str, list[str]]:
+        """Each word of `prompt` that it was not trained on, to the nearest that it knows, nearest first; [] if none is.
+
+        A picture says nothing reliable of such words. Only the first 16 words of a prompt are looked at.
+        """
+        return {} if self._written.issuperset(prompt.split()) else self.pipeline.unknown_words(prompt)
+
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        """What stands between blanks in its prompts."""
+        return frozenset(word for prompt in self.prompts for word in prompt.split())
 
     def generate(
         self, prompts: Iterable[str], *, n: int = 1, seed: int = 0, truncation: float = 1.0

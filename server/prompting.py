@@ -258,8 +258,7 @@ class PromptPipeline:
         known = [word for word in named if word not in unknown]
         parts = [f"known: {_listed(known)}" if known else "none is a word that the model was trained on"]
         if unknown:
-            near = [f"{word} (nearest: {', '.join(found)})" if found else word for word, found in unknown.items()]
-            parts.append(f"not known: {_listed(near)}")
+            parts.append(f"not known: {list_unknown(unknown)}")
         if len(plain_words(cleaned)) > MOST_WORDS:
             parts.append(f"words after the first {MOST_WORDS} are not read")
         return "; ".join(parts)
@@ -275,6 +274,11 @@ class PromptPipeline:
         if choice is None and filling.score:
             return "the nearest of its sentences"
         return f"no word names one of its topics, so the first is taken: {_listed(self.grammar.topics)}"
+
+
+def list_unknown(unknown: Mapping[str, Sequence[str]]) -> str:
+    """Unknown words with the nearest that the model knows, in one line: the first `SHOWN` of them."""
+    return _listed([f"{word} (nearest: {', '.join(near)})" if near else word for word, near in unknown.items()])
 
 
 def _about_filling(filling: Filling, words: Sequence[Word], *, before: str) -> str:

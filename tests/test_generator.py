@@ -319,6 +319,13 @@ def test_a_picture_waits_for_no_library_that_draws_none(place: Path, tmp_path: P
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
+def test_a_prompt_in_the_models_words_waits_for_no_table_of_words(place: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "a large red circle", "--model", str(place / "bundle"), "--out", str(tmp_path)]
+    assert loaded_by(arguments, ("server.prompting", "server.thesaurus")) == []
+    arguments[1] = "a large crimson circle"
+    assert loaded_by(arguments, ("server.prompting", "server.thesaurus")) == ["server.prompting", "server.thesaurus"]
+
+
 @pytest.mark.parametrize("model", ["runs/a", "bundle"])
 def test_words_wait_for_no_model(place: Path, model: str) -> None:
     arguments = ["describe", "a circle", "--model", str(place / model)]

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from released_run import make_released_run
 
+from fedcanvas import Generator
 from server.describe_cli import _demo_prompts
 from server.grammar import Grammar
 from server.language_model import LanguageModel
@@ -670,3 +671,76 @@ def test_generate_draws_descriptions_when_asked_to(
     assert run(["generate", sentence, *given, "--out", str(tmp_path / "b")]) == 0
     (file,) = [Path(name).name for name in json.loads(out)["pictures"][0]["files"]]
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_generate_names_words_that_the_model_was_not_trained_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(model), "--n", "1", "--out", str(tmp_path)]
+    said = "words that it was not trained on: kids, party, yelow (nearest: yellow), theme\n"
+    for describe in ([], ["--describe"]):
+        assert run(["generate", "kids party, yelow theme", SENTENCES[0], *given, *describe, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert said in err
+        assert json.loads(out)["unknown_words"] == {"kids": [], "party": [], "yelow": ["yellow"], "theme": []}
+    # Each of its words was seen, though not in this order.
+    assert run(["generate", "circle red, large", *given, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 of 1 prompts were not among" in err
+    assert "words that it was not trained on" not in err
+    assert json.loads(out)["unknown_words"] == {}
+
+
+def test_of_a_long_file_of_prompts_a_few_unknown_words_are_shown_and_the_others_counted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"zz{chr(97 + i // 26)}{chr(97 + i % 26)}zz" for i in range(300)]
+    (tmp_path / "prompts.txt").write_text("".join(f"a red {word}\n" for word in words))
+    given = ["generate", "--prompts", str(tmp_path / "prompts.txt"), "--model", str(model), "--n", "1", "--json"]
+    assert run([*given, "--out", str(tmp_path / "p")]) == 0
+    out, err = capsys.readouterr()
+    assert f"{', '.join(words[:12])} and 288 more\n" in err
+    assert list(json.loads(out)["unknown_words"]) == words
+
+
+def test_an_unknown_word_moves_no_terminals_cursor(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "red k\u202ei\x1b[2Jds", "--model", str(model), "--n", "1", "--out", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "not trained on" in err
+    assert err.replace("\n", "").isprintable()
+
+
+def test_generate_describes_what_describe_does(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "  a ball\nin\tblue " + "!" * 600  # several lines, and longer than a prompt may be
+    given = ["--model", str(model), "--json"]
+    assert run(["describe", text, *given]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["descriptions"]
+    assert run(["generate", text, *given, "--n", "1", "--describe", "--out", str(tmp_path / "a")]) == 0
+    assert json.loads(capsys.readouterr().out)["drawn_as"] == {text: found["description"]}
+    assert run(["generate", " ", *given, "--describe", "--out", str(tmp_path / "b")]) == 9
+    assert "the text is empty" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_in_python_names_unknown_words_and_describes(model: Path) -> None:
+    generator = Generator.load(model)
+    assert generator.unknown_words("kids party, yelow theme") == {
+        "kids": [], "party": [], "yelow": ["yellow"], "theme": [],
+    }  # fmt: skip
+    assert generator.unknown_words("crimson circle") == {"crimson": ["red"]}
+    for known in (*SENTENCES, "circle red", "", "?!"):
+        assert generator.unknown_words(known) == {}
+    assert generator.pipeline.describe("a big yellow ball").description == "a large yellow circle on a white background"
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_a_text_in_words_that_were_written_in_the_prompts_has_no_unknown_one(name: str) -> None:
+    # `Generator.unknown_words` asks no pipeline then.
+    words = sorted({word for prompt in PROMPTS[name] for word in prompt.split()})
+    shuffled = random.Random(1)
+    for _ in range(100):
+        assert pipeline(name).unknown_words(" ".join(shuffled.choices(words, k=6))) == {}
