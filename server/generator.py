@@ -231,7 +231,6 @@ class Generator:
 
         if not isinstance(truncation, int | float | np.floating) or not 0.0 <= truncation <= 1.0:
             raise UsageError(f"a truncation of {truncation} is not between 0 and 1")
-        truncation = float(truncation)  # a numpy scalar would take the tensor for its array
         seeds = [_whole(seed, "a seed", 0, MOST_SEED) for seed in seeds]
         indices = [_whole(index, "a picture's index", 0, MOST_SEED) for index in indices]
         if not prompts:

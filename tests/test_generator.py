@@ -187,7 +187,7 @@ def test_a_prompt_that_is_none_is_named(generator: Generator, prompt: str, said:
         generator.generate(["a", prompt])
 
 
-@pytest.mark.parametrize("prompts", ["a red circle", b"a red circle", [3], [b"a"], [None], None, 3])
+@pytest.mark.parametrize("prompts", ["a red circle", b"a red circle", [3], iter([3]), [b"a"], [None], None, 3])
 def test_one_text_in_place_of_a_list_is_not_taken_letter_by_letter(generator: Generator, prompts: Any) -> None:
     with pytest.raises(UsageError, match="no list of texts"):
         generator.generate(prompts)
