@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,8 +167,9 @@ def _write(file: Path, content: bytes) -> None:
 def _names(prompts: list[str]) -> list[str]:
     """A file name for each prompt: readable, and different also where only punctuation differs."""
     slugs = [_slug(prompt) for prompt in prompts]
+    count = Counter(slugs)
     return [
-        slug if slugs.count(slug) == 1 and slug != "prompt" else f"{slug}-{_short_digest(prompt)}"
+        slug if count[slug] == 1 and slug != "prompt" else f"{slug}-{_short_digest(prompt)}"
         for slug, prompt in zip(slugs, prompts, strict=True)
     ]
 
