@@ -24,6 +24,7 @@ from shared.errors import TrustError, UsageError
 
 PREFIX = "fc-"
 MOST_KEYS, MOST_BYTES = 10_000, 2**22
+_ENCODING = "utf-8-sig"  # some editors begin a file with a byte order mark
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _LINE = re.compile(r"(\S+) sha256:([0-9a-f]{64})")
 _LOG = logging.getLogger("fedcanvas.serve")
@@ -38,8 +39,8 @@ class ApiKeys:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._version = _version(path)  # before it is read: what changes in between is read again
         self._digests = read_keys(path)
-        self._version = _version(path)
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -76,7 +77,7 @@ def read_keys(path: Path) -> dict[str, str]:
             raise TrustError(f"others can write into {path}", hint=f"chmod 600 {path}")
         if about.st_size > MOST_BYTES:
             raise TrustError(f"{path} is too large for a file of API keys")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding=_ENCODING)
     except FileNotFoundError:
         raise TrustError(f"there is no file of API keys at {path}", hint=_HOW.format(path=path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -104,6 +105,7 @@ def add_key(path: Path, name: str) -> str:
     """
     if not _NAME.fullmatch(name):
         raise UsageError(f"a name of a key is letters, digits, '.', '_' and '-', not {name!r}")
+    path = Path(os.path.realpath(path))  # a link stays a link, and who follows it another way takes the same lock
     try:
         with locked(path.with_name(f".{path.name}.lock"), UsageError(f"somebody else is changing {path}")):
             known = read_keys(path) if path.exists() else {}
@@ -114,7 +116,7 @@ def add_key(path: Path, name: str) -> str:
             if len(known) >= MOST_KEYS:
                 raise UsageError(f"{path} holds {MOST_KEYS} keys, which is the most")
             key = PREFIX + secrets.token_urlsafe(32)
-            before = path.read_text(encoding="utf-8") if path.exists() else _HEADER
+            before = path.read_text(encoding=_ENCODING) if path.exists() else _HEADER
             _write_private(path, before.rstrip("\n") + f"\n{name} sha256:{_digest(key)}\n")
     except OSError as error:
         raise TrustError(f"{path} cannot be written: {error.strerror or error}") from None
