@@ -254,6 +254,8 @@ def test_unverified_takes_it_and_marks_every_picture(
     # A bundle that would verify is marked as well: nobody looked.
     assert Generator.load(place / "bundle", unverified=True).generate(["a"])[0].about["warning"] == "UNVERIFIED"
     assert "warning" not in generator.generate(["a"])[0].about
+    assert not Generator.load(place / "bundle", unverified=True).verified
+    assert generator.verified
 
 
 def test_what_an_unverified_picture_names_is_the_weights_that_drew_it(altered: Path, place: Path) -> None:

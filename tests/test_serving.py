@@ -36,7 +36,7 @@ from server.prompting import PromptPipeline
 from server.serving.batching import Batcher
 from server.serving.errors import ApiError
 from server.serving.gallery import Gallery
-from server.serving.keys import ApiKeys, add_key
+from server.serving.keys import ApiKeys, add_key, read_keys
 from server.serving.load import Load
 from server.serving.log import Lines
 from server.serving.page import read_page
@@ -418,6 +418,15 @@ def test_an_unverified_model_says_so_in_its_pictures_and_everywhere(model: Path)
         assert (said["warning"], said["line"], said["verified"]) == ("UNVERIFIED", "NOT VERIFIED", False)
 
 
+def test_a_runs_own_model_is_not_verified_whatever_its_card_says(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    card = json.loads((path / "model/model.json").read_text())
+    claimed = {"epsilon_max": 0.1, "delta": 1e-9, "unit": "subject", "adjacency": "add-remove", "private": True}
+    (path / "model/model.json").write_text(json.dumps({**card, "privacy": claimed}))
+    with served(Generator.load(path)) as service:
+        assert service.client.get("/v1/models").json()["data"][0]["fedcanvas"]["verified"] is False
+
+
 def test_prompts_are_found_by_what_they_contain_and_capped(service: Served) -> None:
     assert service.client.get("/v1/prompts").json() == {"object": "list", "data": list(PROMPTS), "total": 3}
     found = service.client.get("/v1/prompts", params={"contains": "CIRCLE", "limit": 1}).json()
@@ -539,6 +548,43 @@ def test_a_file_of_keys_that_others_can_write_is_refused(tmp_path: Path) -> None
     (tmp_path / "keys.txt").chmod(0o622)
     with pytest.raises(TrustError, match="others can write"):
         ApiKeys(tmp_path / "keys.txt")
+
+
+def test_a_key_that_is_taken_out_while_the_file_is_read_is_not_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys.txt"
+    key, other = add_key(path, "alice"), add_key(path, "bob")
+
+    def reads_and_is_edited(path: Path) -> dict[str, str]:
+        found = read_keys(path)
+        path.write_text("\n".join(line for line in path.read_text().splitlines() if "alice" not in line))
+        return found
+
+    monkeypatch.setattr("server.serving.keys.read_keys", reads_and_is_edited)
+    found = ApiKeys(path)
+    monkeypatch.undo()
+    assert [found.holder(each) for each in (key, other)] == [None, "bob"]
+
+
+def test_a_file_of_keys_that_an_editor_saved_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    key = add_key(path, "alice")
+    found = ApiKeys(path)
+    (entry,) = [line for line in path.read_text().splitlines() if line.startswith("alice")]
+    path.write_bytes(b"\xef\xbb\xbf" + entry.encode() + b"\r\n")
+    other = add_key(path, "bob")
+    assert [keys.holder(each) for keys in (found, ApiKeys(path)) for each in (key, other)] == ["alice", "bob"] * 2
+
+
+def test_a_new_key_goes_into_the_file_that_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    real, link = tmp_path / "secrets/keys.txt", tmp_path / "keys.txt"
+    link.symlink_to("secrets/keys.txt")
+    keys = [add_key(link, "alice"), add_key(link, "bob")]  # the first makes the file
+    assert link.is_symlink()
+    assert [ApiKeys(real).holder(key) for key in keys] == ["alice", "bob"]
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
 
 
 # ---- too much, too slow, gone

@@ -17,7 +17,7 @@ def model_object(generator: Generator) -> dict[str, Any]:
     privacy = generator.privacy
     about = {
         # Without the folder that the line begins with: where things lie on this machine is nobody else's business.
-        "digest": generator.digest, "line": generator.line.partition(": ")[2], "verified": _verified(generator),
+        "digest": generator.digest, "line": generator.line.partition(": ")[2], "verified": generator.verified,
         "size": f"{generator.size}x{generator.size}", "prompts": len(generator.prompts), **brief(generator),
         "delta": privacy.get("delta"), "unit": privacy.get("unit"), "adjacency": privacy.get("adjacency"),
         "private": privacy.get("private"), "card": generator.model.card,
@@ -32,11 +32,6 @@ def brief(generator: Generator) -> dict[str, Any]:
     epsilon = float(generator.privacy["epsilon_max"])
     found: dict[str, Any] = {"epsilon": epsilon if math.isfinite(epsilon) else None}
     return {**found, "warning": UNVERIFIED} if generator.unverified else found
-
-
-def _verified(generator: Generator) -> bool:
-    # A run's own model has no evidence beside it; only a released model's card comes with its privacy.
-    return not generator.unverified and "privacy" in generator.model.card
 
 
 def _plain(value: Any) -> Any:
