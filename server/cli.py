@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, ModelPlace, Releaser, TextEncoderPlace, new_app, printable, say
+from shared.cli import AsJson, ModelPlace, Releaser, TextEncoderPlace, new_app, say
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def generate(
     if unknown_words:
         from server.prompting import list_unknown
 
-        say(f"note: words that it was not trained on: {printable(list_unknown(unknown_words))}")
+        say(f"note: words that it was not trained on: {list_unknown(unknown_words)}")
 
     made: list[dict[str, Any]] = []
     cells = []
@@ -153,7 +153,7 @@ def _described(text: str, pipeline: PromptPipeline) -> Description:
     """What is drawn for `text`, which a person is told."""
     found = pipeline.describe(text)
     if found.description != text:
-        say(f"'{printable(text)}' is drawn as '{found.description}'  [{printable(found.stages[-1].note)}]")
+        say(f"'{text}' is drawn as '{found.description}'  [{found.stages[-1].note}]")
     return found
 
 

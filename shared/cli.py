@@ -214,8 +214,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def say(message: str = "") -> None:
-    """One line of talk, to stderr: stdout holds results only."""
-    print(message, file=sys.stderr, flush=True)
+    """One line of talk, to stderr: stdout holds results only.
+
+    It is made `printable` here, since much of what is told stands in somebody else's file.
+    """
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared import errors
-from shared.cli import COMMANDS, Interrupted, printable, run
+from shared.cli import COMMANDS, Interrupted, fail, printable, run, say, warn
 from shared.errors import FedCanvasError
 
 HEAVY = ("torch", "flwr", "ray", "pydantic", "numpy", "matplotlib", "opacus", "transformers", "cv2")
@@ -48,6 +48,16 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 def test_a_printable_line_holds_nothing_that_moves_a_cursor() -> None:
     assert printable("red 红 é “x” \x1b[2J\r\n\t\x9b\u202e") == "red 红 é “x” �[2J�����"
+
+
+def test_what_is_told_is_one_line_that_moves_no_cursor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for tell in (say, warn, lambda text: fail(FedCanvasError(text)), lambda text: fail(FedCanvasError("", hint=text))):
+        tell("a\x1b[2J\nerror: b")
+        err = capsys.readouterr().err
+        assert "a�[2J�error: b\n" in err
+        assert "\x1b" not in err
+    assert run(["verify", str(tmp_path / "no\x1b[2J\nhint: all is well")]) != 0
+    assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith("hint: all") or "\x1b" in line]
 
 
 def test_version_is_the_release(capsys: pytest.CaptureFixture[str]) -> None:
