@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -34,6 +35,7 @@ from test_generate_and_report import PROMPTS, make_run
 from server.generator import Generator
 from server.prompting import PromptPipeline
 from server.serving.batching import Batcher
+from server.serving.describing import Describer
 from server.serving.errors import ApiError
 from server.serving.gallery import Gallery
 from server.serving.keys import ApiKeys, add_key, read_keys
@@ -359,6 +361,97 @@ def test_describing_counts_under_the_time_and_is_given_up_with_its_client(shapes
         assert service.draw(prompt="a dragon", describe=True).status_code == 200
         assert service.figure("fedcanvas_given_up_total") == 1
     assert writer.calls == 2  # nobody waited for what came between
+
+
+class Telling:
+    """A pipeline that describes when `let` is set; `clock` goes on by `seconds` with each text.
+
+    Attributes:
+        told: the texts, in order.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.let, self.asked, self.told = threading.Event(), threading.Event(), list[str]()
+        self.clock, self.seconds = 0.0, seconds
+
+    def describe(self, text: str, *, previous: str | None) -> str:
+        self.told.append(text)
+        self.asked.set()
+        assert self.let.wait(60)
+        self.clock += self.seconds
+        return f"{previous or ''}{text}"
+
+
+@contextlib.contextmanager
+def describing(pipeline: Telling, **limits: Any) -> Iterator[Describer]:
+    describer = Describer(pipeline, **{"most_texts": 100, "within_seconds": 1e6, **limits})  # type: ignore[arg-type]
+    describer.start()
+    try:
+        yield describer
+    finally:
+        pipeline.let.set()
+        describer.stop()
+
+
+def test_conversations_are_described_whole_first_come_first_served_and_left_between_texts() -> None:
+    pipeline = Telling()
+    with describing(pipeline) as describer:
+        left = describer.submit("c", previous="ab")
+        others = [describer.submit(text, previous=previous) for text, previous in (("f", "de"), ("h", "g"), ("j", "i"))]
+        assert pipeline.asked.wait(30)
+        assert left.cancel()
+        assert others[1].cancel()
+        assert describer.texts == 5
+        pipeline.let.set()
+        assert [str(others[0].result(30)), str(others[2].result(30))] == ["def", "ij"]
+        wait_until(lambda: describer.texts == 0)
+    assert pipeline.told == list("adefij")
+
+
+def test_more_texts_than_can_be_described_in_half_the_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Telling(seconds=2.0)
+    monkeypatch.setattr("server.serving.describing.time", SimpleNamespace(monotonic=lambda: pipeline.clock))
+    pipeline.let.set()
+    with describing(pipeline, within_seconds=20) as describer:
+        describer.submit("it takes 2 s").result(30)
+        pipeline.let.clear()
+        asked = [describer.submit("c", previous="ab"), describer.submit("e", previous="d")]  # 10 s
+        with pytest.raises(ApiError) as refused:
+            describer.submit("f")
+        assert (refused.value.status, refused.value.headers["retry-after"]) == (429, "6")  # half of 12 s
+        pipeline.seconds = 0.0
+        pipeline.let.set()
+        assert [str(done.result(30)) for done in asked] == ["abc", "de"]
+        for _ in range(20):
+            describer.submit("it takes no time").result(30)
+        pipeline.let.clear()
+        assert len([describer.submit("a") for _ in range(50)]) == 50
+    # However long a text takes, one conversation alone is let in, or nothing would tell that it has become better.
+    pipeline = Telling(seconds=1000.0)
+    pipeline.let.set()
+    with describing(pipeline, within_seconds=20) as describer:
+        assert [str(describer.submit("b", previous="a").result(30)) for _ in range(2)] == ["ab", "ab"]
+
+
+def test_a_crowd_that_wants_descriptions_is_refused_and_those_let_in_are_served(shapes: Generator) -> None:
+    pipeline, writer = PromptPipeline(SHAPES), SlowWriter()
+    pipeline._model = writer  # type: ignore[assignment]
+    talk = {"prompt": "a unicorn", "describe": True, "previous": ["a unicorn"] * 8}
+    with served(shapes, pipeline=pipeline, most_texts=20) as service, ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(service.draw, **talk) for _ in range(2)]
+        wait_until(lambda: service.studio.describer.texts == 18)
+        for _ in range(30):
+            answer = service.draw(**talk)
+            assert error(answer, 429)["code"] == "rate_limit_exceeded"
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+        asked.append(pool.submit(service.draw, prompt="a dragon", describe=True))  # there is room for one text
+        wait_until(lambda: service.studio.describer.texts == 19)
+        assert service.draw(prompt="a unicorn").status_code == 200  # whoever wants no description waits for none
+        writer.let.set()
+        assert [done.result().status_code for done in asked] == [200] * 3
+        assert service.draw(**talk).status_code == 200
+        assert service.figure('fedcanvas_refused_total{why="load"}') == 30
+        assert service.studio.load.units == 0
 
 
 # ---- URLs

@@ -16,7 +16,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -140,12 +140,15 @@ class Studio:
         self.metrics = Metrics(self.load, model=generator.digest, epsilon=f"{generator.privacy['epsilon_max']:.4g}")
         self.batcher = Batcher(generator, observe=self.metrics.batch)
         self.gallery = Gallery(most_bytes=settings.gallery_bytes, seconds=settings.gallery_seconds)
-        self.describer = Describer(pipeline)
+        self.describer = Describer(
+            pipeline, most_texts=settings.most_texts, within_seconds=settings.drawing_seconds
+        )  # fmt: skip
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoding")
         self._known = frozenset(generator.prompts)
 
     def start(self) -> None:
         self.batcher.start()
+        self.describer.start()
 
     def stop(self) -> None:
         self.batcher.stop()
@@ -153,15 +156,15 @@ class Studio:
         self._encoders.shutdown(cancel_futures=True)
 
     def admit(self, wanted: Order) -> Admission:
-        return self._admitted(self.load, wanted.units)
+        return self._admitted(lambda: self.load.admit(wanted.units))
 
     def admit_file(self, size: int) -> Admission:
         """Room for a picture of `size` bytes to be sent: it is held until then, though the gallery dropped it."""
-        return self._admitted(self._sending, size)
+        return self._admitted(lambda: self._sending.admit(size))
 
-    def _admitted(self, load: Load, units: int) -> Admission:
+    def _admitted(self, admit: Callable[[], _Made]) -> _Made:
         try:
-            return load.admit(units)
+            return admit()
         except ApiError:
             self.metrics.refused.labels("load").inc()
             raise
@@ -198,8 +201,8 @@ class Studio:
             raise of_ours(error) from None
 
     async def _described(self, wanted: Order, request: Request) -> Description:
-        described = self.describer.describe(wanted.prompt, previous=wanted.previous)
-        return await _unless_left(request, asyncio.ensure_future(described))
+        asked = self._admitted(lambda: self.describer.submit(wanted.prompt, previous=wanted.previous))
+        return await _unless_left(request, asyncio.wrap_future(asked))
 
     async def _drawn(self, wanted: Order, request: Request) -> list[np.ndarray]:
         asked = self.batcher.submit(wanted.prompt, n=wanted.n, seed=wanted.seed, truncation=wanted.truncation)

@@ -16,6 +16,7 @@ class ServingSettings(Section):
     """One unit is a picture of at most 256 x 256 pixels; a larger one counts by its area."""
 
     most_units: int = Field(1024, ge=1, le=2**20, description="Units asked for and not yet sent; more get a 429.")
+    most_texts: int = Field(512, ge=1, le=2**16, description="Waiting to be described; more get a 429.")
     most_connections: int = Field(2000, ge=1, le=2**16, description="Open at once; a request on more gets a 429.")
     most_body_bytes: int = Field(2**16, ge=2**10, le=2**24, description="Of a request.")
     head_seconds: float = Field(20.0, gt=0, le=3600, description="For a client to send a whole request head.")
