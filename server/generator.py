@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from shared.bundle import CARD, PROMPTS, UNREADABLE, is_bundle, load_bundle, read_unverified, verify
-from shared.errors import BundleError, UsageError
-from shared.prompts import clean_prompt
+from shared.errors import BundleError, PromptError, UsageError
+from shared.prompts import PromptPool, clean_prompt
 from shared.rundir import GeneratorModel, load_model
 
 if TYPE_CHECKING:
@@ -295,9 +295,9 @@ def public_prompts(path: str | Path, *, unverified: bool = False) -> tuple[tuple
     folder = path if (path / "model.json").is_file() else path / "model"
     try:
         prompts = json.loads((folder / "model.json").read_text(encoding="utf-8"))["prompts"]
-        if not is_bundle(path) and prompts and all(isinstance(prompt, str) for prompt in prompts):
-            return tuple(prompts), _own(path)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        if not is_bundle(path) and isinstance(prompts, list):
+            return PromptPool(tuple(prompts)).texts, _own(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, PromptError):
         pass  # whatever is wrong with it, `load` says it
     generator = Generator.load(path, unverified=unverified)
     return generator.prompts, generator.line
