@@ -786,12 +786,39 @@ def test_a_client_that_sends_its_head_drop_by_drop_is_let_go_too(generator: Gene
         wait_until(lambda: _drips(slow))
 
 
-def test_a_client_that_does_not_take_its_answer_is_let_go_and_its_room_freed(generator: Generator) -> None:
-    with served(generator, sending_seconds=0.5) as service, _narrow(service) as slow:
+class Clock:
+    """In place of `time` where the service looks how long a client takes: a machine that stalls does not move it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("server.serving.service.time", clock)
+    monkeypatch.setattr("server.serving.service.SWEEP_TICKS", 1)
+    return clock
+
+
+def test_a_client_that_does_not_take_its_answer_is_let_go_and_its_room_freed(
+    generator: Generator, clock: Clock
+) -> None:  # fmt: skip
+    with served(generator, sending_seconds=5.0) as service, _narrow(service) as slow:
         slow.sendall(_request(json.dumps(LARGE)))
-        wait_until(lambda: service.studio.load.units == 64)
+        _sent_slowly(service)
+        clock.now = 4.0
         assert service.draw().status_code == 200
-        wait_until(lambda: service.studio.load.units == 0)
+        assert service.studio.load.units == 64
+
+        def goes_on() -> bool:
+            clock.now += 1.0
+            return service.studio.load.units == 0
+
+        wait_until(goes_on)
 
 
 def _narrow(service: Served) -> socket.socket:
@@ -806,29 +833,51 @@ def _narrow(service: Served) -> socket.socket:
 LARGE = {"prompt": "a", "n": 4, "size": "1024x1024", "resize": True, "seed": 1}
 
 
-def test_a_client_that_takes_its_answer_slowly_but_steadily_gets_all_of_it(generator: Generator) -> None:
-    with served(generator, sending_seconds=1.0, least_sending_rate=1000) as service, _narrow(service) as slow:
+def _sent_slowly(service: Served) -> Any:
+    """The connection whose answer is on its way, once the service has begun to look at that."""
+
+    def slow() -> list[Any]:
+        return [one for one in list(service.service.server_state.connections) if one._sending is not None]
+
+    wait_until(lambda: bool(slow()))
+    return slow()[0]
+
+
+def _taken(slow: socket.socket, connection: Any) -> bytes:
+    """What a client takes until more was sent to it, and the service has seen that."""
+    parts, before = [b""], connection._counting.taken
+    while connection._counting.taken == before and (part := slow.recv(2**14)):
+        parts.append(part)
+    wait_until(lambda: connection._sending is None or connection._sending.last > before)
+    return b"".join(parts)
+
+
+def test_a_client_that_takes_its_answer_slowly_but_steadily_gets_all_of_it(
+    generator: Generator, clock: Clock
+) -> None:  # fmt: skip
+    with served(generator, sending_seconds=10.0, least_sending_rate=100) as service, _narrow(service) as slow:
         slow.sendall(_request(json.dumps(LARGE), last=True))
-        parts = [slow.recv(1)]
-        begun = time.monotonic()
+        connection, parts = _sent_slowly(service), []
+        for _ in range(4):  # for more than three times as long as it may take nothing at all
+            parts.append(_taken(slow, connection))
+            clock.now += 9.0
+        assert connection._sending is not None  # there was more to come all the time
         while part := slow.recv(2**15):
             parts.append(part)
-            if time.monotonic() < begun + 3.0:
-                time.sleep(0.01)  # for three times as long as it may take nothing at all
         answer = json.loads(b"".join(parts).partition(b"\r\n\r\n")[2])
         assert answer["data"] == service.client.post("/v1/images/generations", json=LARGE).json()["data"]
 
 
-def test_a_client_that_trickles_is_let_go_though_it_never_stops(generator: Generator) -> None:
-    with served(generator, sending_seconds=0.6, least_sending_rate=2**40) as service, _narrow(service) as slow:
+def test_a_client_that_trickles_is_let_go_though_it_never_stops(generator: Generator, clock: Clock) -> None:
+    with served(generator, sending_seconds=10.0, least_sending_rate=2**40) as service, _narrow(service) as slow:
         slow.sendall(_request(json.dumps(LARGE), last=True))
-        taken = 0
-        with contextlib.suppress(ConnectionResetError):
-            while part := slow.recv(2**14):
-                taken += len(part)
-                time.sleep(0.01)
-        assert taken < len(service.client.post("/v1/images/generations", json=LARGE).content)
+        connection, taken = _sent_slowly(service), 0
+        for _ in range(2):
+            taken += len(_taken(slow, connection))
+            clock.now += 6.0  # it never takes nothing for 10 s
         wait_until(lambda: service.studio.load.units == 0)
+        taken += len(_rest(slow))
+        assert taken < len(service.client.post("/v1/images/generations", json=LARGE).content)
 
 
 def test_answers_that_nobody_takes_lie_in_memory_in_pieces(tmp_path: Path) -> None:
