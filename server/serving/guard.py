@@ -46,6 +46,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+_ENCODED = [(name.encode(), value.encode()) for name, value in {**HEADERS, "cache-control": "no-store"}.items()]
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 
 
@@ -175,9 +176,9 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             given = {name.lower() for name, _ in message.get("headers", [])}
-            added = {**HEADERS, "cache-control": "no-store", "x-request-id": self.id}
-            extra = [(name.encode(), value.encode()) for name, value in added.items() if name.encode() not in given]
-            await self._send({**message, "headers": [*message.get("headers", []), *extra]})
+            extra = [header for header in _ENCODED if header[0] not in given]
+            identity = (b"x-request-id", self.id.encode())
+            await self._send({**message, "headers": [*message.get("headers", []), *extra, identity]})
             return
         body = message.get("body", b"")
         # Each piece waits until the client has taken most of what was sent before.
