@@ -141,8 +141,9 @@ class Verified:
             *([f"That these weights are of this run: {', '.join(unsigned)} signed for none."] if unsigned else []),
             *([f"That {', '.join(open_still)} charged no more: the run was open there."] if open_still else []),
             others,
-            "The words of README.md, and on the card the versions, the lock's digest, the front end's fingerprint and"
-            " the sites that left: whoever released it says so. All else on the card follows from what was checked.",
+            f"The words of README.md, and on the card {'epsilon, ' if self.epsilon is None else ''}its name, versions,"
+            " the lock's digest, the front end's fingerprint and the sites that left: whoever released it says so. All"
+            " else on the card follows from what was checked.",
             *([_ENCODER.format(**public)] if public["text_encoder_path"] else []),
             *([SIMULATED] if self.simulated else []),
             f"That {whom} told the truth: that nothing else left it about these records.",

@@ -1,7 +1,8 @@
 """What the card of a released model says that follows from settings, prompts and what sites signed.
 
 Whoever makes a card takes it from here, and whoever checks one compares it with the same: none of it is a matter of
-belief. Not here: epsilon, which accountants make of the statements (`shared.spend`), and what only the releaser knows.
+belief. The words below are part of format 1 of a released model: others are another format.
+Not here: epsilon, which accountants make of the statements (`shared.spend`), and what only the releaser knows.
 """
 
 from __future__ import annotations
