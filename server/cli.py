@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli import AsJson, ModelPlace, Releaser, TextEncoderPlace, new_app, say
+from shared.cli import AsJson, LanguageModelPlace, ModelPlace, Releaser, TextEncoderPlace, new_app, say
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
+    from server.generator import Generator
     from server.prompting import Description, PromptPipeline
 
 MOST_PICTURES = 100_000
@@ -44,8 +45,9 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Below 1 pictures are more typical and less varied.")
     ] = 1.0,
     describe: Annotated[
-        bool, typer.Option("--describe", help="Say each prompt in the model's words first, by rules, and draw that.")
+        bool, typer.Option("--describe", help="Say each prompt in the model's words first, and draw that.")
     ] = False,
+    language_model: LanguageModelPlace = "",
     releaser: Releaser = None,
     text_encoder: TextEncoderPlace = None,
     unverified: Annotated[
@@ -76,17 +78,22 @@ def generate(
         raise UsageError(f"--total {total} is fewer than the {len(asked)} prompts", hint="a picture of each at least")
     if total is None and len(asked) * n > MOST_PICTURES:
         raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
+    if language_model and not describe:
+        raise UsageError("--language-model writes descriptions, and none are asked for", hint="add --describe")
     released = Generator.load(
         model, releaser=releaser, unverified=unverified, text_encoder=text_encoder
     )
     say(released.line)
+    pipeline = _pipeline(released, language_model) if describe else None
     unknown_words: dict[str, list[str]] = {}
     drawn_as = {text: text for text in asked}
     for text in asked:
-        if describe:
-            description = _described(text, released.pipeline)
+        if pipeline is not None:
+            description = _described(text, pipeline)
             drawn_as[text] = description.description
-        unknown_words |= description.unknown if describe else released.unknown_words(text)
+            unknown_words |= description.unknown
+        else:
+            unknown_words |= released.unknown_words(text)
     asked = list(dict.fromkeys(drawn_as.values()))
     known = set(released.prompts)
     unknown = [prompt for prompt in asked if prompt not in known]
@@ -147,6 +154,14 @@ def report(
     opened = RunDirectory.open(run)
     file = write_whole(out or run / "report.html", report_html(opened).encode())
     typer.echo(json.dumps({"run": str(run), "report": str(file)}) if as_json else f"{file}: open it in a browser")
+
+
+def _pipeline(generator: Generator, language_model: str) -> PromptPipeline:
+    if not language_model:
+        return generator.pipeline
+    from server.prompting import PromptPipeline
+
+    return PromptPipeline(generator.prompts, language_model=language_model)
 
 
 def _described(text: str, pipeline: PromptPipeline) -> Description:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.cli import AsJson, LanguageModelPlace, ModelPlace, new_app, printable, say
+from shared.cli import AsJson, LanguageModelPlace, ModelPlace, Releaser, new_app, printable, say
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def describe(
             show_default=False,
         ),
     ] = None,
+    releaser: Releaser = None,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take a released model that does not verify.")
     ] = False,
@@ -63,7 +64,7 @@ def describe(
     if model is None:
         prompts, line = _demo_prompts(), f"no --model: the words of the demo, whose model `make demo` puts at {DEMO}"
     else:
-        prompts, line = public_prompts(model, unverified=unverified)
+        prompts, line = public_prompts(model, releaser=releaser, unverified=unverified)
     say(line)
     model = model or DEMO
     pipeline = PromptPipeline(prompts, language_model=language_model or None)

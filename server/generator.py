@@ -286,20 +286,22 @@ def _full(rows: Tensor) -> Tensor:
     return rows[[*range(len(rows)), *[0] * (ROWS - len(rows))]]
 
 
-def public_prompts(path: str | Path, *, unverified: bool = False) -> tuple[tuple[str, ...], str]:
+def public_prompts(
+    path: str | Path, *, releaser: str | None = None, unverified: bool = False
+) -> tuple[tuple[str, ...], str]:  # fmt: skip
     """`prompts` and `line` of `Generator.load(path)`, with its errors; no model is built where words are enough."""
     path = Path(path)
     if is_bundle(path) and not unverified:
-        verified = verify(path, recompute=False)
+        verified = verify(path, releaser=releaser, recompute=False)
         return tuple(verified.files[PROMPTS].decode().splitlines()), verified.line
     folder = path if (path / "model.json").is_file() else path / "model"
     try:
         prompts = json.loads((folder / "model.json").read_text(encoding="utf-8"))["prompts"]
-        if not is_bundle(path) and isinstance(prompts, list):
+        if not is_bundle(path) and releaser is None and isinstance(prompts, list):
             return PromptPool(tuple(prompts)).texts, _own(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, PromptError):
         pass  # whatever is wrong with it, `load` says it
-    generator = Generator.load(path, unverified=unverified)
+    generator = Generator.load(path, releaser=releaser, unverified=unverified)
     return generator.prompts, generator.line
 
 

@@ -305,6 +305,7 @@ def test_the_releaser_is_the_one_that_was_asked_for(
         ["generate", "a red circle", "--out", "{folder}/pictures", "--model"],
         ["serve", "--port", "0", "--model"],
         ["export", "--out", "{folder}/exported"],
+        ["describe", "red", "--model"],
     ],
     ids=lambda command: command[0],
 )

@@ -673,6 +673,21 @@ def test_generate_draws_descriptions_when_asked_to(
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+def test_generate_draws_what_a_language_model_writes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = save_model(tmp_path / "lm", "words")
+    given = ["a thing", "--model", str(model), "--language-model", place, "--json"]
+    assert run(["describe", *given]) == 0
+    (described,) = json.loads(capsys.readouterr().out)["descriptions"]
+    assert described["writer"].startswith("language model ")
+    drawn = [*given, "--n", "1", "--out", str(tmp_path / "pictures")]
+    assert run(["generate", *drawn, "--describe"]) == 0
+    assert json.loads(capsys.readouterr().out)["drawn_as"] == {"a thing": described["description"]}
+    assert run(["generate", *drawn]) == 2
+    assert "add --describe" in capsys.readouterr().err
+
+
 def test_generate_names_words_that_the_model_was_not_trained_on(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
