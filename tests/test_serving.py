@@ -451,7 +451,7 @@ def test_a_crowd_that_wants_descriptions_is_refused_and_those_let_in_are_served(
         assert [done.result().status_code for done in asked] == [200] * 3
         assert service.draw(**talk).status_code == 200
         assert service.figure('fedcanvas_refused_total{why="load"}') == 30
-        assert service.studio.load.units == 0
+        wait_until(lambda: service.studio.load.units == 0)
 
 
 # ---- URLs
@@ -812,7 +812,7 @@ def test_a_client_that_does_not_take_its_answer_is_let_go_and_its_room_freed(
         _sent_slowly(service)
         clock.now = 4.0
         assert service.draw().status_code == 200
-        assert service.studio.load.units == 64
+        wait_until(lambda: service.studio.load.units == 64)  # the room of what was sent is freed after it arrived
 
         def goes_on() -> bool:
             clock.now += 1.0
