@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from shared.bundle import CARD, PROMPTS, UNREADABLE, is_bundle, load_bundle, read_unverified, verify
+from shared.bundle import CARD, UNREADABLE, is_bundle, load_bundle, read_unverified, verify
 from shared.errors import BundleError, PromptError, UsageError
 from shared.prompts import PromptPool, clean_prompt
 from shared.rundir import GeneratorModel, load_model
@@ -293,7 +293,7 @@ def public_prompts(
     path = Path(path)
     if is_bundle(path) and not unverified:
         verified = verify(path, releaser=releaser, recompute=False)
-        return tuple(verified.files[PROMPTS].decode().splitlines()), verified.line
+        return verified.prompts.texts, verified.line
     folder = path if (path / "model.json").is_file() else path / "model"
     try:
         prompts = json.loads((folder / "model.json").read_text(encoding="utf-8"))["prompts"]

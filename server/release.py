@@ -19,6 +19,7 @@ from shared.errors import BundleError
 from shared.model_card import SIMULATED, privacy_terms, public_terms, settings_terms, site_terms
 from shared.page import counted
 from shared.privacy.plan import PrivacyPlan
+from shared.prompts import PromptPool
 from shared.protection.federation import Federation, SiteKeys
 from shared.protection.keys import SigningKey, VerifyKey
 from shared.rundir import STATEMENTS, GeneratorModel, RunDirectory, load_model, to_json
@@ -131,7 +132,7 @@ def _settings(model: GeneratorModel, config: RunConfig) -> dict[str, Any]:
 def make_card(model: GeneratorModel, run: RunDirectory, statements: dict[str, SpendStatement]) -> dict[str, Any]:
     """For programs; every figure of privacy is of the sites' statements, and what follows from them is compared."""
     reports = {site: statement.epsilon() for site, statement in statements.items()}
-    terms = public_terms(run.config, model.prompts, statements)
+    terms = public_terms(run.config, PromptPool(model.prompts), statements)
     privacy = privacy_terms(run.config, PrivacyPlan.from_dict(model.card["plan"]))
     sites = {
         site: {

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -71,8 +71,10 @@ class Verified:
     federation: str
     statements: Mapping[str, SpendStatement]
     digest: str
-    epsilon: float | None = None
-    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    epsilon: float | None
+    config: RunConfig = field(repr=False)
+    prompts: PromptPool = field(repr=False)
+    files: Mapping[str, bytes] = field(repr=False)
 
     @property
     def simulated(self) -> bool:
@@ -81,7 +83,7 @@ class Verified:
     @property
     def sites(self) -> int:
         """That the run's settings name, which every site signed."""
-        return int(json.loads(self.files[CONFIG])["run"]["federation"]["sites"])
+        return self.config.federation.sites
 
     @property
     def code(self) -> list[str]:
@@ -219,13 +221,10 @@ def load_bundle(verified: Verified, *, text_encoder: Path | None = None) -> Gene
     Args:
         text_encoder: its folder, in place of what the settings name.
     """
-    files, where = verified.files, str(verified.folder)
-    about = json.loads(files[CONFIG])
-    config = RunConfig.from_table(about["run"], origin=f"{where}/{CONFIG}")
-    prompts = PromptPool(tuple(files[PROMPTS].decode().splitlines())).texts
     return build_model(
-        files[WEIGHTS], config=config, prompts=prompts, encoder_fingerprint=str(about["encoder_fingerprint"]),
-        card=verified.card, where=where, text_encoder=text_encoder, local_only=True,
+        verified.files[WEIGHTS], config=verified.config, prompts=verified.prompts.texts,
+        encoder_fingerprint=verified.card["public"]["encoder_fingerprint"], card=verified.card,
+        where=str(verified.folder), text_encoder=text_encoder, local_only=True,
     )  # fmt: skip
 
 
@@ -249,11 +248,10 @@ def _verify(
             hint="compare the fingerprint with whoever released it, by another way; use nothing of it before",
         )
     card, about = _table(files[CARD]), _table(files[CONFIG])
-    config = RunConfig.from_table(about["run"], origin=f"{folder / CONFIG}")
-    prompts = PromptPool(tuple(files[PROMPTS].decode().splitlines())).texts
+    config, prompts = _settings_and_prompts(folder, about, files)
     federation = Federation.read(files[FEDERATION], what=FEDERATION) if FEDERATION in files else None
     statements = _statements(files, federation)
-    prompts_digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    prompts_digest = hashlib.sha256(json.dumps(list(prompts.texts)).encode()).hexdigest()
     expected = (manifest["run"], config.digest, prompts_digest)
     for site, statement in statements.items():
         if (statement.run, statement.config_digest, statement.prompts_digest) != expected:
@@ -276,8 +274,15 @@ def _verify(
     epsilon = _recomputed(folder, card, statements) if recompute else None
     return Verified(
         folder, card, key, federation.fingerprint if federation else "", statements,
-        hashlib.sha256(canonical(manifest["files"])).hexdigest(), epsilon, files,
+        hashlib.sha256(canonical(manifest["files"])).hexdigest(), epsilon, config, prompts, files,
     )  # fmt: skip
+
+
+def _settings_and_prompts(
+    folder: Path, about: Mapping[str, Any], files: Mapping[str, bytes]
+) -> tuple[RunConfig, PromptPool]:  # fmt: skip
+    config = RunConfig.from_table(about["run"], origin=f"{folder / CONFIG}")
+    return config, PromptPool(tuple(files[PROMPTS].decode().splitlines()))
 
 
 def _table(content: bytes) -> dict[str, Any]:
@@ -409,7 +414,7 @@ def _check_terms(folder: Path, site: str, statement: SpendStatement, config: Run
 
 
 def _check_card(
-    folder: Path, card: Mapping[str, Any], config: RunConfig, prompts: Sequence[str],
+    folder: Path, card: Mapping[str, Any], config: RunConfig, prompts: PromptPool,
     statements: Mapping[str, SpendStatement],
 ) -> None:  # fmt: skip
     """`BundleError` unless the card says, but for epsilon, what settings, prompts and statements make."""
@@ -472,8 +477,12 @@ def read_unverified(folder: Path, *, text_encoder: Path | None = None) -> Genera
     """
     files = {name: _content(folder / name, most) for name, most in FIXED.items()}
     try:
-        card = json.loads(files[CARD])
-        return load_bundle(Verified(folder, card, "", "", {}, "", files=files), text_encoder=text_encoder)
+        card, about = json.loads(files[CARD]), json.loads(files[CONFIG])
+        config, prompts = _settings_and_prompts(folder, about, files)
+        return build_model(
+            files[WEIGHTS], config=config, prompts=prompts.texts, encoder_fingerprint=str(about["encoder_fingerprint"]),
+            card=card, where=str(folder), text_encoder=text_encoder, local_only=True,
+        )  # fmt: skip
     except BundleError:
         raise
     except FedCanvasError as error:

@@ -7,13 +7,13 @@ Not here: epsilon, which accountants make of the statements (`shared.spend`), an
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from shared.config import RunConfig
 from shared.privacy.accounting import ADJACENCY
 from shared.privacy.plan import PrivacyPlan
+from shared.prompts import PromptPool
 from shared.spend import SpendStatement
 
 TRUSTED = {
@@ -28,7 +28,7 @@ SIMULATED = (
 
 
 def public_terms(
-    config: RunConfig, prompts: Sequence[str], statements: Mapping[str, SpendStatement]
+    config: RunConfig, prompts: PromptPool, statements: Mapping[str, SpendStatement]
 ) -> dict[str, Any]:  # fmt: skip
     """Of the whole run."""
     return {
@@ -36,13 +36,13 @@ def public_terms(
         "simulated": all(statement.simulated for statement in statements.values()),
         "public": {
             "prompts": len(prompts),
-            "prompts_digest": hashlib.sha256("".join(f"{text}\n" for text in prompts).encode()).hexdigest(),
+            "prompts_digest": prompts.digest,
             "text_encoder": config.text.encoder,
             "text_encoder_path": config.text.path,
             "discriminator": config.discriminator.name,
         },
         "code": {"sites": sorted({statement.code_digest for statement in statements.values()})},
-        "example": prompts[0],
+        "example": prompts.texts[0],
         "picture": {"size": config.data.image_size, "channels": config.data.channels},
     }
 

@@ -233,7 +233,7 @@ class Studio:
     def _unknown(self, wanted: Order, described: Description | None) -> dict[str, list[str]]:
         if described is not None:
             return described.unknown
-        return {} if wanted.prompt in self._known else self.describer.pipeline.unknown_words(wanted.prompt)
+        return self.generator.unknown_words(wanted.prompt)
 
     def _file(self, wanted: Order, index: int, array: np.ndarray) -> bytes:
         about = self.generator.about(wanted.prompt, seed=wanted.seed, index=index, truncation=wanted.truncation)
@@ -258,7 +258,7 @@ def make_app(
         pipeline: what describes prompts; `None` for rules.
     """
     settings = settings or ServingSettings()
-    studio = Studio(generator, settings, pipeline or PromptPipeline(generator.prompts))
+    studio = Studio(generator, settings, pipeline or generator.pipeline)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
