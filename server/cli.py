@@ -20,7 +20,6 @@ from shared.cli import AsJson, LanguageModelPlace, ModelPlace, Releaser, TextEnc
 from shared.errors import UsageError
 
 if TYPE_CHECKING:
-    from server.generator import Generator
     from server.prompting import Description, PromptPipeline
 
 MOST_PICTURES = 100_000
@@ -80,11 +79,9 @@ def generate(
         raise UsageError(f"{len(asked)} prompts times {n} pictures is more than {MOST_PICTURES}", hint="lower --n")
     if language_model and not describe:
         raise UsageError("--language-model writes descriptions, and none are asked for", hint="add --describe")
-    released = Generator.load(
-        model, releaser=releaser, unverified=unverified, text_encoder=text_encoder
-    )
+    released = Generator.load(model, releaser=releaser, unverified=unverified, text_encoder=text_encoder)
     say(released.line)
-    pipeline = _pipeline(released, language_model) if describe else None
+    pipeline = released.pipeline_by(language_model) if describe else None
     unknown_words: dict[str, list[str]] = {}
     drawn_as = {text: text for text in asked}
     for text in asked:
@@ -154,14 +151,6 @@ def report(
     opened = RunDirectory.open(run)
     file = write_whole(out or run / "report.html", report_html(opened).encode())
     typer.echo(json.dumps({"run": str(run), "report": str(file)}) if as_json else f"{file}: open it in a browser")
-
-
-def _pipeline(generator: Generator, language_model: str) -> PromptPipeline:
-    if not language_model:
-        return generator.pipeline
-    from server.prompting import PromptPipeline
-
-    return PromptPipeline(generator.prompts, language_model=language_model)
 
 
 def _described(text: str, pipeline: PromptPipeline) -> Description:

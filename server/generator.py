@@ -175,6 +175,12 @@ class Generator:
 
         return PromptPipeline(self.prompts)
 
+    def pipeline_by(self, language_model: str) -> PromptPipeline:
+        """`pipeline`, its descriptions written by a causal language model (id or folder); "" for rules."""
+        from server.prompting import PromptPipeline
+
+        return PromptPipeline(self.prompts, language_model=language_model) if language_model else self.pipeline
+
     def unknown_words(self, prompt: str) -> dict[str, list[str]]:
         """Each word of `prompt` that it was not trained on, to the nearest that it knows, nearest first; [] if none is.
 

@@ -69,7 +69,6 @@ def serve(
         raise UsageError("missing --model", hint="a released model or a run, such as --model runs/demo")
     _check_installed()
     from server.generator import Generator
-    from server.prompting import PromptPipeline
     from server.serving.app import make_app
     from server.serving.keys import ApiKeys
     from server.serving.listener import listen, raise_file_limit, url
@@ -89,8 +88,7 @@ def serve(
             model, releaser=releaser, unverified=unverified, recompute=True, text_encoder=text_encoder
         )
         say(generator.line)
-        pipeline = PromptPipeline(generator.prompts, language_model=language_model or None)
-        app = make_app(generator, settings, keys=keys, pipeline=pipeline)
+        app = make_app(generator, settings, keys=keys, pipeline=generator.pipeline_by(language_model))
         log_to_stderr(log_format)
         who = "anybody who can reach it" if keys is None else f"whoever has one of {len(keys)} keys"
         say(f"{generator.name} is served at {url(listening)} for {who}; Ctrl-C ends it")

@@ -7,7 +7,6 @@ Not here: who is let in (`server.serving.load`), and files of pictures (`server.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from server.generator import Generator
-from server.serving.errors import ApiError
+from server.serving.serving_thread import ServingThread, settle
 
 BATCH = 32
 
@@ -41,7 +40,7 @@ class Drawing:
     given: int = 0
 
 
-class Batcher:
+class Batcher(ServingThread):
     """The thread and what waits for it. Any thread may `submit`.
 
     Args:
@@ -51,42 +50,29 @@ class Batcher:
     def __init__(
         self, generator: Generator, *, batch: int = BATCH, observe: Callable[[int, float], None] = lambda n, s: None
     ) -> None:
+        super().__init__("drawing")
         self._generator, self._batch, self._observe = generator, batch, observe
         self._waiting: deque[Drawing] = deque()
-        self._changed = threading.Condition()
-        self._stopped = False
         self._since: float | None = None
-        self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """After the batch that is drawn now; whatever waits is refused."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
-        for drawing in self._waiting:
-            _fail(drawing, ApiError(503, "the service is being stopped", retry_after=5))
+    def waiting(self) -> list[Future[list[np.ndarray]]]:
+        return [drawing.done for drawing in self._waiting]
 
     def submit(self, prompt: str, *, n: int, seed: int, truncation: float) -> Future[list[np.ndarray]]:
         """`n` arrays, later; indices from 0. Its `cancel` is always obeyed, but for a batch that is being drawn."""
         drawing = Drawing(prompt, n, seed, truncation)
-        with self._changed:
-            if self._stopped:
-                raise ApiError(503, "the service is being stopped", retry_after=5)
+        with self.changed:
+            self.check_not_stopped()
             self._waiting.append(drawing)
-            self._changed.notify()
+            self.changed.notify()
         return drawing.done
 
     def working(self, within_seconds: float) -> bool:
         """Whether the thread lives and no batch takes longer than this."""
         since = self._since
-        return self._thread.is_alive() and (since is None or time.monotonic() - since < within_seconds)
+        return self.alive and (since is None or time.monotonic() - since < within_seconds)
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while parts := self._take():
             self._since = time.monotonic()
             try:
@@ -104,14 +90,14 @@ class Batcher:
 
     def _take(self) -> list[tuple[Drawing, range]]:
         """The next batch: the first that waits, and who wants the same truncation; empty once stopped."""
-        with self._changed:
+        with self.changed:
             while True:
-                if self._stopped:
+                if self.stopped:
                     return []
                 parts = self._gather()
                 if parts:
                     return parts
-                self._changed.wait()
+                self.changed.wait()
 
     def _gather(self) -> list[tuple[Drawing, range]]:
         parts: list[tuple[Drawing, range]] = []
@@ -153,5 +139,4 @@ class Batcher:
 
 def _fail(drawing: Drawing, error: Exception) -> None:
     drawing.given = drawing.n
-    if not drawing.done.done() and drawing.done.set_running_or_notify_cancel():
-        drawing.done.set_exception(error)
+    settle(drawing.done, error)

@@ -8,7 +8,6 @@ Not here: how a description is made (`server.prompting`).
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from server.prompting import Description, PromptPipeline
 from server.serving.errors import ApiError, of_ours
 from server.serving.load import MOST_RETRY_SECONDS
+from server.serving.serving_thread import ServingThread, settle
 from shared.errors import PromptError
 
 SHARE = 0.5  # of a request's time that describing may be expected to take: texts differ, and drawing comes after
@@ -38,42 +38,28 @@ class _Conversation:
     done: Future[Description] = field(default_factory=Future)
 
 
-class Describer:
+class Describer(ServingThread):
     """The thread, what waits for it, and the pipeline that it alone uses for descriptions. Any thread may `submit`.
 
     Args:
         most_texts: that wait, at most.
         within_seconds: that a request may take, its drawing included.
-    Attributes:
-        pipeline: any thread may ask it for unknown words.
     """
 
     def __init__(self, pipeline: PromptPipeline, *, most_texts: int, within_seconds: float) -> None:
-        self.pipeline = pipeline
+        super().__init__("describing")
+        self._pipeline = pipeline
         self._most_texts, self._most_seconds = most_texts, SHARE * within_seconds
         self._seconds_a_text: float | None = None
         self._waiting: list[_Conversation] = []  # the first is under way
-        self._changed = threading.Condition()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="describing", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """After the text that is described now; whatever waits is refused."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
-        for conversation in list(self._waiting):
-            _settle(conversation, ApiError(503, "the service is being stopped", retry_after=5))
+    def waiting(self) -> list[Future[Description]]:
+        return [conversation.done for conversation in self._waiting]
 
     @property
     def texts(self) -> int:
         """That wait, with the one under way."""
-        with self._changed:
+        with self.changed:
             return sum(conversation.left for conversation in self._waiting)
 
     def submit(self, text: str, *, previous: Sequence[str] = ()) -> Future[Description]:
@@ -86,9 +72,8 @@ class Describer:
                 text has no word, or is none.
         """
         conversation = _Conversation((*previous, text), left=len(previous) + 1)
-        with self._changed:
-            if self._stopped:
-                raise ApiError(503, "the service is being stopped", retry_after=5)
+        with self.changed:
+            self.check_not_stopped()
             texts = self.texts + conversation.left
             seconds = texts * (FIRST_SECONDS if self._seconds_a_text is None else self._seconds_a_text)
             if self._waiting and (texts > self._most_texts or seconds > self._most_seconds):
@@ -100,50 +85,40 @@ class Describer:
                 )  # fmt: skip
             conversation.done.add_done_callback(lambda _: self._forget(conversation))
             self._waiting.append(conversation)
-            self._changed.notify()
+            self.changed.notify()
         return conversation.done
 
     def _forget(self, conversation: _Conversation) -> None:
-        with self._changed:
+        with self.changed:
             self._waiting.remove(conversation)
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while conversation := self._next():
             found: Description | None = None
             try:
                 for text in conversation.texts:
-                    if self._stopped or conversation.done.cancelled():
+                    if self.stopped or conversation.done.cancelled():
                         break
                     began = time.monotonic()
-                    found = self.pipeline.describe(text, previous=found)
+                    found = self._pipeline.describe(text, previous=found)
                     self._described(conversation, time.monotonic() - began)
                 else:
                     assert found is not None
-                    _settle(conversation, found)
+                    settle(conversation.done, found)
             except PromptError as error:
-                _settle(conversation, of_ours(error, param="previous" if conversation.left > 1 else "prompt"))
+                settle(conversation.done, of_ours(error, param="previous" if conversation.left > 1 else "prompt"))
             except Exception as error:
-                _settle(conversation, error)
+                settle(conversation.done, error)
             del conversation, found  # nothing of a request is held until the next one comes
 
     def _next(self) -> _Conversation | None:
         """The first that waits; `None` once stopped."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._stopped)
-            return None if self._stopped else self._waiting[0]
+        with self.changed:
+            self.changed.wait_for(lambda: self._waiting or self.stopped)
+            return None if self.stopped else self._waiting[0]
 
     def _described(self, conversation: _Conversation, seconds: float) -> None:
-        with self._changed:
+        with self.changed:
             conversation.left -= 1
             usual = seconds if self._seconds_a_text is None else self._seconds_a_text
             self._seconds_a_text = max(seconds, usual + (seconds - usual) * _WEIGHT)
-
-
-def _settle(conversation: _Conversation, found: Description | Exception) -> None:
-    done = conversation.done
-    if done.done() or not done.set_running_or_notify_cancel():
-        return
-    if isinstance(found, Exception):
-        done.set_exception(found)
-    else:
-        done.set_result(found)
