@@ -14,11 +14,12 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.gate import Release, build
+from client.gate import Release, SealedStatement, build
 from server.aggregation import RoundSum
 from shared import records as wire
 from shared.errors import ProtocolError
 from shared.fakes import FakeBank
+from shared.protection.sealed import MAGIC, OVERHEAD
 from shared.records import (
     LATTICE_LIMIT,
     MAX_SITES,
@@ -486,3 +487,20 @@ def test_what_has_no_one_form_is_not_signed() -> None:
         records["more"] = record
         with pytest.raises(ProtocolError, match="cannot be signed"):
             records_digest(records)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2**24 + 1])
+def test_a_statement_beyond_the_bound_or_without_a_byte_does_not_pass(length: int) -> None:
+    of_that_length = MAGIC + bytes(max(0, 1 + length + OVERHEAD - len(MAGIC)))
+    with pytest.raises(ProtocolError, match="longer than any"):
+        build(SealedStatement("run", of_that_length, length), site_id="site-0")
+
+
+def test_a_sealed_statement_has_the_bytes_that_it_says() -> None:
+    whole = MAGIC + bytes(1 + 1000 + OVERHEAD - len(MAGIC))
+    reply = build(SealedStatement("run", whole, 1000), site_id="site-0")
+    assert isinstance(reply, SiteReply)
+    assert (reply.run_id, reply.server_round, reply.envelope) == ("run", 0, whole)
+    for other in (whole[:-1], whole + b"\0", b"\0" * len(whole)):
+        with pytest.raises(ProtocolError):
+            build(SealedStatement("run", other, 1000), site_id="site-0")
